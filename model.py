@@ -1,0 +1,464 @@
+"""
+MoSE: a GPT whose experts are slimmable. (Mixture of Slimmable Experts, arXiv 2602.06154)
+
+An ordinary mixture-of-experts GPT in nanoGPT's layout, except that every expert can run at any prefix of
+its hidden neurons, so one set of weights serves every compute budget:
+
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=320))
+    logits, loss, aux = model(idx, targets)                               # every expert at full width
+    logits, loss, aux = model(idx, targets, width=0.25)                   # the first quarter of every expert
+    logits, loss, aux = model(idx, targets, width=RouterWidth(0.5, 1.0))  # half on average, confident experts wider
+
+Read downwards: widths, config, experts and their dispatch, attention, the GPT, generation.
+In shape comments B is the batch, T the sequence, d = n_embd, N = B*T tokens, k = top_k experts a token,
+E = n_expert, H = the neurons of one expert, S = N*k slots (a slot is one token at one of its experts).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+class UsageError(ValueError):
+    """Bad input by the user. The command lines print it as one line and exit with status 2."""
+
+
+# -----------------------------------------------------------------------------
+# Widths: how much of every expert runs
+
+GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05
+
+
+def width_to_neurons(width, n_hidden):
+    """The neurons that run at `width` in (0, 1]: the multiple of 8 nearest to width * n_hidden, at least 8.
+
+    Multiples of 8 keep the rows of a bf16 matrix on the 16-byte boundaries that grouped GEMM kernels need.
+    """
+    check_width(width)
+    if n_hidden < 8 or n_hidden % 8:
+        raise UsageError(f"an expert's hidden size must be a positive multiple of 8, not {n_hidden}")
+    return max(8, 8 * round(width * n_hidden / 8))
+
+
+def check_width(width, name="width"):
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+        raise UsageError(f"{name} must be a number above 0 and at most 1, not {width!r}")
+
+
+class RouterWidth:
+    """Width policy: split each token's budget over its experts by the router's confidence (paper, section 3.3).
+
+    budget: mean width over a token's selected experts, in (0, 1]; they share k * budget.
+    gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width;
+        a large gamma at budget 1/k is top-1 routing. A tensor that requires grad makes the widths continuous and
+        differentiable, which is how `calibrate` in bench.py learns gamma; for serving it must be a number.
+
+    Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place.
+    """
+
+    def __init__(self, budget, gamma=1.0):
+        check_width(budget, "budget")
+        if not 0 <= gamma < math.inf:
+            raise UsageError(f"gamma must be a finite number of at least 0, not {gamma!r}")
+        self.budget, self.gamma = budget, gamma
+
+    def widths(self, probs):
+        """(N, k) probabilities of the selected experts -> (N, k) widths on the grid; 0 skips the expert.
+
+        No width exceeds 1. What one expert cannot use goes to the token's other experts in proportion to their
+        shares, so the mean width is the budget, up to rounding (at most half a grid step).
+        """
+        k = probs.size(-1)
+        score = self.gamma * probs.clamp_min(1e-30).log()  # p^gamma, kept as a logarithm so that it cannot underflow
+        width = k * self.budget * score.softmax(-1)
+        for _ in range(k - 1):  # each round fills at least one more expert, or changes nothing
+            full = width >= 1
+            left = k * self.budget - full.sum(-1, keepdim=True)
+            width = torch.where(full, 1.0, left * score.masked_fill(full, -1e30).softmax(-1))
+        width = width.clamp(0, 1)
+        return width if width.requires_grad else (width * GRID).round() / GRID
+
+
+# -----------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    n_expert: int = 8  # 1 makes a plain dense GPT
+    top_k: int = 2
+    expert_hidden: int | None = None  # neurons of one expert; None means 4 * n_embd
+    moe_every: int = 2  # blocks 0, moe_every, 2 * moe_every, ... hold experts, the others a dense MLP
+    dropout: float = 0.0
+    balance_coef: float = 0.01  # weight of the load-balancing loss
+    z_coef: float = 0.001  # weight of the router's z-loss
+
+    def __post_init__(self):
+        if self.expert_hidden is None:
+            self.expert_hidden = 4 * self.n_embd
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k", "moe_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise UsageError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.expert_hidden < 8 or self.expert_hidden % 8:
+            raise UsageError(f"expert_hidden must be a positive multiple of 8, not {self.expert_hidden}")
+        if self.n_expert > 1 and self.n_embd % 8:
+            raise UsageError(f"n_embd must be a multiple of 8 for grouped matrix products, not {self.n_embd}")
+        if self.n_expert > 1 and self.top_k > self.n_expert:
+            raise UsageError(f"top_k {self.top_k} must be at most n_expert {self.n_expert}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    def is_moe(self, layer):
+        return self.n_expert > 1 and layer % self.moe_every == 0
+
+    def dense_hidden(self, layer):
+        """Hidden neurons of a dense block: in a dense model expert_hidden also sets those where experts would be."""
+        return self.expert_hidden if layer % self.moe_every == 0 else 4 * self.n_embd
+
+
+# -----------------------------------------------------------------------------
+# Slimmable experts
+
+
+def grouped_mm(a, b, ends):
+    """Multiply rows ends[e-1]:ends[e] of a (S, K) by b[e] of b (E, K, M), for every e. Returns (S, M).
+
+    b may be a slice of a larger stack: nothing is copied. The one place that knows what the kernel cannot do.
+    """
+    if a.dtype == torch.float64 or a.device.type not in ("cpu", "cuda"):  # no kernel: one product per group
+        return torch.cat([rows @ w for rows, w in zip(a.tensor_split(ends[:-1].cpu()), b)])
+    return F.grouped_mm(a, b, offs=ends)
+
+
+def dispatch(x, expert, weight, n_expert, mlp, run=None, sizes=None):
+    """Take every token to its experts and add up what they return, weighted. No token is dropped, none is padded.
+
+    x: (N, d) tokens
+    expert, weight: (N, k), the experts of each token and what their outputs count
+    run: (N, k) ints, in which run of `mlp` each slot is processed, sizes[r] being the slots of run r; None for one run
+    mlp(x, ends, r, slot): the experts. Gets the rows x (n, d) of run r, sorted by expert, expert e's ending before
+        ends[e], and their places (n,) in expert.flatten(); returns (n, d).
+    Returns (N, d) and the number of slots each expert got, (E,).
+    """
+    N, k = expert.shape
+    sizes = sizes or [N * k]
+    key, slot = (expert if run is None else run * n_expert + expert).flatten().sort(stable=True)
+    last = torch.arange(len(sizes) * n_expert, device=x.device)
+    ends = torch.searchsorted(key, last, right=True, out_int32=True).view(len(sizes), n_expert)
+    ys, start, xs = [], 0, x.index_select(0, slot // k)  # (S, d), every token k times
+    for r, size in enumerate(sizes):
+        if size:
+            rows = slice(start, start + size)
+            ys.append(mlp(xs[rows], ends[r] - start, r, slot[rows]))
+            start += size
+    back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N * k, device=x.device))
+    ys = (torch.cat(ys) if len(ys) > 1 else ys[0]).index_select(0, back).view(N, k, -1)
+    y = torch.bmm(weight.to(ys.dtype).unsqueeze(1), ys).squeeze(1)  # (N, 1, k) @ (N, k, d)
+    return y, torch.diff(ends.flatten(), prepend=ends.new_zeros(1)).view(-1, n_expert).sum(0)
+
+
+def plan_runs(level, n_level, max_runs=6):
+    """Group the width levels of all slots (N, k) into few runs: (run of each slot, sizes of runs, level of each run).
+
+    Slots of one level and expert make one matrix product, which is slow when they are few. So scarce levels wait for
+    the next wider ones until 1/max_runs of the slots are together, and run at the widest of their levels.
+    Run 0 is level 0: the skipped slots.
+    """
+    counts = torch.bincount(level.flatten(), minlength=n_level).tolist()  # the one device synchronisation of a layer
+    enough = -(-level.numel() // max_runs)
+    run_of, sizes, run_level = [0], [counts[0], 0], [0, 0]
+    for l in range(1, n_level):
+        if sizes[-1] >= enough:
+            sizes.append(0)
+            run_level.append(0)
+        run_of.append(len(sizes) - 1)
+        if counts[l]:
+            sizes[-1] += counts[l]
+            run_level[-1] = l
+    return torch.tensor(run_of, device=level.device)[level], sizes, run_level
+
+
+class SlimmableMoE(nn.Module):
+    """Top-k mixture of experts, each of which runs at a prefix of its neurons (paper, equations 2 to 5).
+
+    Expert e at h neurons is w_out[e, :h].T @ gelu(w_in[e, :h] @ x): narrow experts are inside the wide ones.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        E, H, d = config.n_expert, config.expert_hidden, config.n_embd
+        self.top_k, self.balance_coef, self.z_coef = config.top_k, config.balance_coef, config.z_coef
+        self.router = nn.Linear(d, E, bias=False)
+        self.w_in = nn.Parameter(torch.empty(E, H, d))  # row j is the input vector of neuron j ...
+        self.w_out = nn.Parameter(torch.empty(E, H, d))  # ... and its output vector: a width is a prefix of both
+        for w in (self.w_in, self.w_out):
+            nn.init.normal_(w, std=0.02)
+        self.neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]  # of every level
+        # what has run since the last GPT.read_stats(): slots per expert, and neurons over all slots
+        self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
+        self.register_buffer("neurons_run", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x, width=1.0):
+        """x (..., d) and a width or width policy -> y (..., d) and the weighted router losses, a scalar."""
+        shape, H = x.shape, self.w_in.size(1)
+        x = x.reshape(-1, shape[-1])  # (N, d)
+        with torch.autocast(x.device.type, enabled=False):  # routing decisions are worth float32
+            router_logits = F.linear(x.float(), self.router.weight.float())
+        probs = router_logits.softmax(-1)  # (N, E)
+        top_p, expert = probs.topk(self.top_k)  # (N, k)
+        weight = top_p / top_p.sum(-1, keepdim=True)
+
+        run, sizes, neurons, fade, keep = None, None, [H], None, None  # one run, at full width
+        if isinstance(width, (int, float)):
+            neurons = [width_to_neurons(width, H)]
+        elif (widths := width.widths(top_p.detach())).requires_grad:  # gamma is being learned
+            fade = self.fade(widths)  # (S, H)
+        else:
+            level = (widths * GRID).round().long()
+            run, sizes, run_level = plan_runs(level, len(self.neurons))
+            neurons = [self.neurons[l] for l in run_level]
+            keep = torch.tensor(self.neurons, device=x.device)[level.flatten()]  # (S,)
+
+        # grouped_mm is unknown to autocast, so cast here: once, and only the neurons that can run
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        w_in, w_out = (w[:, : neurons[-1]].to(dtype) for w in (self.w_in, self.w_out))
+
+        def mlp(x, ends, r, slot):
+            h = neurons[r]
+            if h == 0:  # skipped experts
+                return torch.zeros_like(x)
+            self.neurons_run += len(x) * h
+            a = F.gelu(grouped_mm(x, w_in[:, :h].mT, ends))
+            if fade is not None:
+                a = a * fade[slot].to(a.dtype)
+            if keep is not None:
+                lo = neurons[r - 1]
+                a[:, lo:].masked_fill_(torch.arange(lo, h, device=x.device) >= keep[slot].unsqueeze(1), 0)
+            return grouped_mm(a, w_out[:, :h], ends)
+
+        y, counts = dispatch(x.to(dtype), expert, weight, probs.size(1), mlp, run, sizes)
+        self.load += counts
+
+        # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
+        balance = probs.size(1) * (counts / expert.numel() * probs.mean(0)).sum()
+        z = router_logits.logsumexp(-1).square().mean()
+        return y.view(shape), self.balance_coef * balance + self.z_coef * z
+
+    def fade(self, widths):
+        """Continuous widths (N, k) -> what each neuron of each slot counts, (S, H), for learning widths by gradient.
+
+        Neurons join in blocks, one per grid step. A width between two grid points fades the block between them in
+        linearly, so the output is exact on the grid, piecewise linear in between, and has a true gradient.
+        """
+        neuron = torch.arange(self.w_in.size(1), device=widths.device)
+        block = torch.bucketize(neuron, torch.tensor(self.neurons, device=widths.device), right=True) - 1
+        return (widths.flatten().unsqueeze(1) * GRID - block).clamp(0, 1)
+
+
+# -----------------------------------------------------------------------------
+# The rest of the transformer
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: per layer (2, B, n_head, block_size, head size), allocated once."""
+
+    def __init__(self, config):
+        self.size, self.length, self.kv = config.block_size, 0, {}
+
+    def extend(self, layer, k, v):
+        """Store the new tokens' k and v (B, n_head, T, head size); return those of all tokens so far."""
+        B, n_head, T, head_size = k.shape
+        if layer not in self.kv:
+            self.kv[layer] = k.new_empty(2, B, n_head, self.size, head_size)
+        stop = self.length + T
+        self.kv[layer][0, :, :, self.length : stop] = k
+        self.kv[layer][1, :, :, self.length : stop] = v
+        return self.kv[layer][:, :, :, :stop]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, d = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, d/n_head)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+            S = k.size(2)  # the T new tokens see the S - T old ones, and each other causally
+            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, d)))
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd, n_hidden):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, n_hidden, bias=False)
+        self.c_proj = nn.Linear(n_hidden, n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.moe = config.is_moe(layer)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = SlimmableMoE(config) if self.moe else MLP(config.n_embd, config.dense_hidden(layer))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, width=1.0, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        h = self.ln_2(x)
+        y, aux = self.mlp(h, width) if self.moe else (self.mlp(h), 0.0)
+        return x + self.dropout(y), aux
+
+
+class GPT(nn.Module):
+    """Parameter names are nanoGPT's, so its checkpoints without biases load into a dense model (n_expert=1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=False),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # GPT-2: what writes to the residual stream starts smaller the deeper the model
+                residual = name.endswith(("c_proj.weight", "w_out"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def forward(self, idx, targets=None, width=1.0, cache=None):
+        """
+        idx, targets: (B, T) int64; a target of -1 is ignored
+        width: of all experts, in (0, 1], or a width policy such as RouterWidth
+        cache: a KVCache holding the tokens before idx; then only the last position's logits are computed
+        Returns logits (B, T, vocab_size) or (B, 1, vocab_size), the mean cross-entropy in nats (None without
+        targets), and aux, the weighted router losses summed over layers: train on loss + aux, report loss.
+        """
+        B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise UsageError(f"{start + T} tokens do not fit in the context of {self.config.block_size} (block_size)")
+        if not hasattr(width, "widths"):
+            check_width(width)
+            if width < 1 and self.config.n_expert == 1:
+                raise UsageError(f"a dense model (n_expert=1) has no experts to slim: width must be 1, not {width}")
+        pos = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, d)
+        aux = torch.zeros((), device=idx.device)
+        for block in self.transformer.h:
+            x, block_aux = block(x, width, cache)
+            aux = aux + block_aux
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        logits = self.lm_head(self.transformer.ln_f(x))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, loss, aux
+
+    def num_params(self):
+        """All parameters, and those that one token uses at full width."""
+        total = sum(p.numel() for p in self.parameters())
+        c = self.config
+        idle = (c.n_expert - c.top_k) * 2 * c.n_embd * c.expert_hidden
+        return total, total - sum(idle for layer in range(c.n_layer) if c.is_moe(layer))
+
+    def flops_per_token(self, width=1.0, seq_len=None):
+        """Forward FLOPs per token at a mean expert width, in a sequence of seq_len (block_size if None).
+
+        2 per multiply-add, counting what the matrix units do: projections, attention scores, router, dense MLPs,
+        the expert neurons that run, and the head. Norms, softmaxes, activations and embeddings are left out.
+        Attention counts every position of the sequence, as torch.utils.flop_counter does, though causality halves it.
+        Returns (total, the experts' part). Training costs three times as much.
+        """
+        c, d = self.config, self.config.n_embd
+        T = c.block_size if seq_len is None else seq_len
+        total, expert = 2 * d * c.vocab_size, 0.0  # head
+        for layer in range(c.n_layer):
+            total += 2 * d * 3 * d + 2 * d * d  # c_attn, attn.c_proj
+            total += 4 * d * T  # q @ k, att @ v
+            if c.is_moe(layer):
+                total += 2 * d * c.n_expert  # router
+                expert += c.top_k * 4 * d * width * c.expert_hidden  # w_in, w_out
+            else:
+                total += 4 * d * c.dense_hidden(layer)  # c_fc, c_proj
+        return total + expert, expert
+
+    def read_stats(self):
+        """What the MoE layers have run since the last call: (mean width, slots per expert and layer (L, E)).
+
+        The mean width is measured: neurons that ran, as a share of those of all slots. (None, None) for a dense model.
+        """
+        layers = [block.mlp for block in self.transformer.h if block.moe]
+        if not layers:
+            return None, None
+        load = torch.stack([moe.load for moe in layers]).cpu()
+        neurons = sum(moe.neurons_run.item() for moe in layers)
+        for moe in layers:
+            moe.load.zero_()
+            moe.neurons_run.zero_()
+        slots = load.sum().item() * self.config.expert_hidden
+        return neurons / slots if slots else None, load
+
+    @torch.no_grad()
+    def stream(self, idx, num_tokens, temperature=1.0, top_k=None, width=1.0, n_vocab=None, generator=None):
+        """Continue idx (B, T) token by token, yielding (B, 1) each time.
+
+        temperature 0 takes the likeliest token; top_k samples from the k likeliest only; ids from n_vocab on (the
+        padding of the vocabulary) are never sampled. When the context is full its older half is forgotten, so the
+        cost of a token never depends on how many were generated.
+        """
+        if idx.size(1) > self.config.block_size:
+            raise UsageError(
+                f"a prompt of {idx.size(1)} tokens does not fit in the context of {self.config.block_size} (block_size)"
+            )
+        if idx.size(1) == 0:
+            raise UsageError("the prompt is empty: give at least one token")
+        cache, new = KVCache(self.config), idx
+        for _ in range(num_tokens):
+            if cache.length == self.config.block_size:
+                cache, new = KVCache(self.config), idx[:, -max(1, self.config.block_size // 2) :]
+            logits = self(new, width=width, cache=cache)[0][:, -1, :n_vocab].float()  # (B, n_vocab)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            idx = torch.cat([idx, new], dim=1)[:, -self.config.block_size :]
+            yield new
+
+    def generate(self, idx, num_tokens, **kwargs):
+        """`stream`, all at once: (B, T) -> (B, T + num_tokens)."""
+        return torch.cat([idx, *self.stream(idx, num_tokens, **kwargs)], dim=1)
