@@ -1,0 +1,478 @@
+"""
+Train a MoSE, or the standard mixture of experts it is compared with.
+
+    python train.py demo                        # minutes on a CPU, after `python prepare.py stdlib`
+    python train.py demo --recipe=moe           # the baseline: same model, data and order, full width only
+    python train.py 55m --dataset=openwebtext   # the paper's sizes: 55m, 322m, 1b
+    python train.py demo --resume               # go on where the last run was stopped
+
+Writes to out_dir: ckpt.pt (the best model by validation loss), last.pt (the latest, with what --resume needs) and
+log.jsonl. Every option below is --name=value and overrides the preset.
+"""
+
+import argparse
+import dataclasses
+import glob
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, UsageError
+from prepare import MAGIC, VERSION, Parser, get_tokenizer, run
+
+EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
+TRAIN_WIDTHS = [level / 20 for level in range(5, 20)]  # 0.25 to 0.95, the widths that recipe mose draws from
+
+# -----------------------------------------------------------------------------
+# Options
+
+
+def option(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    # data and output
+    dataset: str = option("openwebtext", "folder in data/, or a path to any folder with *train*.bin and *val*.bin shards")
+    out_dir: str = option("", "where checkpoints and log go; default out/PRESET, with -moe for that recipe")
+    resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
+    # what to train
+    recipe: str = option("mose", "mose: each micro-batch at full width and at a random one; moe: full width only")
+    seed: int = option(1337, "of initial weights, data order, widths and dropout")
+    n_layer: int = option(6, "blocks")
+    n_head: int = option(6, "attention heads")
+    n_embd: int = option(384, "model width d")
+    n_expert: int = option(8, "experts in an MoE block; 1 trains a dense GPT")
+    top_k: int = option(2, "experts a token is sent to")
+    expert_hidden: int = option(0, "neurons of one expert, a multiple of 8; 0 means 4 * n_embd")
+    moe_every: int = option(2, "every how many blocks one holds experts, starting with the first")
+    block_size: int = option(1024, "context length in tokens")
+    dropout: float = option(0.0, "dropout rate")
+    balance_coef: float = option(0.01, "weight of the load-balancing loss")
+    z_coef: float = option(0.001, "weight of the router's z-loss")
+    # optimisation: AdamW, linear warm-up, cosine decay to a tenth
+    steps: int = option(6000, "optimizer steps")
+    tokens_per_step: int = option(524288, "tokens in one optimizer step, over all micro-batches")
+    batch_size: int = option(16, "sequences in one micro-batch: as many as memory holds")
+    learning_rate: float = option(6e-4, "peak learning rate")
+    warmup_steps: int = option(200, "steps until the peak")
+    weight_decay: float = option(0.1, "of matrices; norms are not decayed")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
+    # reporting
+    eval_interval: int = option(250, "steps between evaluations, each of which also saves")
+    eval_tokens: int = option(262144, "validation tokens per evaluation, always the same ones")
+    log_interval: int = option(10, "steps between progress lines")
+    # machine
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = option("auto", "bfloat16 or float32; auto takes bfloat16 where it is faster")
+    compile: bool = option(False, "use torch.compile: slow to start, then faster")
+
+
+PRESETS = {
+    "demo": dict(
+        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, moe_every=1, block_size=256, steps=800, tokens_per_step=3072,
+        batch_size=12, learning_rate=2e-3, warmup_steps=50, eval_interval=200, eval_tokens=16384, log_interval=20,
+    ),  # fmt: skip
+    "55m": dict(),
+    "322m": dict(n_layer=12, n_head=12, n_embd=768, steps=12000, batch_size=16, learning_rate=4e-4),
+    "1b": dict(n_layer=24, n_head=16, n_embd=1024, steps=30000, batch_size=8, learning_rate=3e-4),
+}
+
+# what a resumed run may change; anything else would make it another run
+MAY_CHANGE = {"resume", "out_dir", "steps", "eval_interval", "eval_tokens", "log_interval", "device", "compile"}
+
+
+def parse_bool(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return text.lower() == "true"
+
+
+def parse_options(argv=None):
+    """The command line -> (preset, TrainConfig, the names of the options that were given)."""
+    parser = Parser(__doc__)
+    parser.add_argument("preset", choices=PRESETS, help="sizes and schedule to start from")
+    for f in dataclasses.fields(TrainConfig):
+        presets = ", ".join(f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v)
+        text = f"{f.metadata['help']} (default {f.default!r}{'; ' + presets if presets else ''})"
+        kind = dict(type=parse_bool, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", help=text, default=None, metavar=f.type.__name__.upper(), **kind)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    preset = given.pop("preset")
+    options = TrainConfig(**{**PRESETS[preset], **given})
+    options.out_dir = options.out_dir or f"out/{preset}" + ("" if options.recipe == "mose" else f"-{options.recipe}")
+    return preset, options, set(given)
+
+
+def check_options(o):
+    """Refuse what cannot work, before anything is spent or written."""
+    if o.recipe not in ("mose", "moe"):
+        raise UsageError(f"--recipe must be mose or moe, not {o.recipe!r}")
+    if o.recipe == "mose" and o.n_expert == 1:
+        raise UsageError("--recipe=mose needs experts to slim: use --recipe=moe with --n_expert=1")
+    for name in ("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval", "block_size"):
+        if getattr(o, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, not {getattr(o, name)}")
+    for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "balance_coef", "z_coef", "expert_hidden"):
+        if not 0 <= getattr(o, name) < math.inf:
+            raise UsageError(f"--{name} must be a finite number of at least 0, not {getattr(o, name)}")
+    if not 0 < o.learning_rate < math.inf:
+        raise UsageError(f"--learning_rate must be above 0, not {o.learning_rate}")
+    micro = o.batch_size * o.block_size
+    if o.tokens_per_step % micro:
+        raise UsageError(
+            f"--tokens_per_step {o.tokens_per_step} must be a multiple of batch_size * block_size = {micro}: "
+            f"try {max(1, round(o.tokens_per_step / micro)) * micro}"
+        )
+    if o.eval_tokens < o.block_size:
+        raise UsageError(f"--eval_tokens {o.eval_tokens} must be at least one sequence, block_size = {o.block_size}")
+
+
+def choose_device(device, dtype):
+    """Resolve "auto". Returns the device, the dtype of matrix products, and a line that says why."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cuda", "mps", "cpu"):
+        raise UsageError(f"--device must be cuda, mps or cpu, not {device!r}")
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise UsageError(f"--device={device}: this machine, or this build of PyTorch, has none")
+    if kind == "cuda":
+        name, fast = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        name = f"{torch.get_num_threads()} CPU threads"
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        name, fast = "Apple GPU", False
+    why = "asked for"
+    if dtype == "auto":
+        dtype, why = ("bfloat16", "fast here") if fast else ("float32", "no fast bfloat16 here")
+    if dtype not in ("bfloat16", "float32"):
+        raise UsageError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
+    return device, getattr(torch, dtype), f"{kind} ({name}), {dtype} ({why})"
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype; parameters, norms and losses stay float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype=dtype)
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+class Shards:
+    """The tokens of one split, in llm.c's format, read window by window: no memory map that grows, no state."""
+
+    def __init__(self, folder, split, block_size, vocab_size):
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.files, starts = sorted(glob.glob(f"{glob.escape(str(folder))}/*{split}*.bin")), []
+        if not self.files:
+            raise UsageError(f"no *{split}*.bin in {folder}: run prepare.py")
+        self.n_tokens = 0
+        for file in self.files:
+            header = np.fromfile(file, dtype=np.int32, count=256)
+            if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+                raise UsageError(f"{file}: not a shard of tokens (its header should begin with {MAGIC}, {VERSION})")
+            held = (os.path.getsize(file) - 1024) / 2
+            if held != header[2]:
+                raise UsageError(f"{file}: holds {held:g} tokens but its header says {header[2]}: copy or prepare it again")
+            if self.n_tokens < 100_000_000:  # small datasets are checked whole; every batch is checked again
+                self.check(np.fromfile(file, dtype=np.uint16, offset=1024), file)
+            self.n_tokens += int(header[2])
+            starts.append(max(0, int(header[2]) - block_size))  # where a window and its next token fit
+        self.ends = np.cumsum(starts)
+        if self.ends[-1] == 0:
+            raise UsageError(f"{folder}: the {split} split has {self.n_tokens} tokens, no shard of more than block_size {block_size}")
+
+    def check(self, tokens, file):
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise UsageError(f"{file}: token id {tokens.max()} is beyond the vocabulary of {self.vocab_size}: prepared with another tokenizer?")
+
+    def windows(self, starts):
+        """Windows at the given starts, each in [0, self.ends[-1]) -> idx, targets (len(starts), block_size)."""
+        out = np.empty((len(starts), self.block_size + 1), dtype=np.int64)
+        for row, start in zip(out, starts):
+            shard = int(np.searchsorted(self.ends, start, side="right"))
+            start -= self.ends[shard - 1] if shard else 0
+            row[:] = np.fromfile(self.files[shard], np.uint16, self.block_size + 1, offset=1024 + 2 * int(start))
+            self.check(row, self.files[shard])
+        tokens = torch.from_numpy(out)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def random_batch(self, seed, step, first, count):
+        """Sequences first to first + count of step's batch: a pure function of its arguments."""
+        starts = np.random.default_rng([seed, step]).integers(self.ends[-1], size=first + count)
+        return self.windows(starts[first:])
+
+    def fixed_batches(self, n_tokens, batch_size):
+        """Non-overlapping windows from the beginning of the split, the same every time: [(idx, targets), ...]."""
+        starts = np.arange(0, self.ends[-1], self.block_size)[: n_tokens // self.block_size]
+        return [self.windows(starts[i : i + batch_size]) for i in range(0, len(starts), batch_size)]
+
+
+def open_dataset(dataset, block_size):
+    """data/DATASET or a path -> (train, val, tokenizer name, size of its vocabulary)."""
+    folder = next((p for p in (Path("data") / dataset, Path(dataset)) if p.is_dir()), None)
+    if folder is None:
+        raise UsageError(f"no dataset {dataset!r} in data/: run `python prepare.py {dataset}`")
+    tokenizer, vocab_size = "gpt2", 50257  # shards of llm.c and modded-nanogpt
+    if (folder / "meta.json").exists():
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise UsageError(f"{folder}/meta.json is damaged ({e!r}): prepare the dataset again") from e
+    train, val = (Shards(folder, split, block_size, vocab_size) for split in ("train", "val"))
+    return train, val, tokenizer, vocab_size
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+KEYS = ("model", "config", "tokenizer", "vocab_size", "recipe", "step", "options")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write so that path always holds a complete checkpoint: the old one until the new one is on the disk."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint without running code from it. Raises UsageError if it is missing, damaged or not ours."""
+    if not os.path.isfile(path):
+        raise UsageError(f"no checkpoint {path}: train one first, for example `python train.py demo`")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        raise UsageError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from e
+    missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UsageError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint's path -> (its model in evaluation mode, the checkpoint)."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as e:
+        raise UsageError(f"{path} does not fit this version of model.py: {str(e).splitlines()[0]}") from e
+    return model.to(device).eval(), checkpoint
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step, o):
+    """Linear warm-up, then a cosine from the peak to a tenth of it at the last step."""
+    if step < o.warmup_steps:
+        return o.learning_rate * (step + 1) / o.warmup_steps
+    done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
+    return o.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def make_optimizer(model, o):
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [dict(params=decayed, weight_decay=o.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+@torch.no_grad()
+def sequence_losses(model, batches, width, device, dtype):
+    """Mean loss of every sequence of batches [(idx, targets), ...] at one width, in nats per token: (sequences,)."""
+    losses = []
+    for idx, targets in batches:
+        with autocast(device, dtype):
+            logits = model(idx.to(device), width=width)[0]
+        losses.append(F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), reduction="none").mean(1))
+    return torch.cat(losses).cpu()
+
+
+def training_widths(o, rng):
+    """The widths at which one micro-batch is run (paper, equation 6)."""
+    return [1.0] if o.recipe == "moe" else [1.0, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))]]
+
+
+def train(preset, o, given):
+    out, last = Path(o.out_dir), Path(o.out_dir) / "last.pt"
+    checkpoint = None
+    if o.resume:
+        checkpoint = load_checkpoint(last)
+        saved = checkpoint["options"]
+        for name in given - MAY_CHANGE:
+            if saved[name] != getattr(o, name):
+                raise UsageError(f"--{name}={getattr(o, name)} contradicts the run in {out}, which has {saved[name]}; leave it out")
+        if preset != checkpoint["preset"]:
+            raise UsageError(f"the run in {out} is of preset {checkpoint['preset']}, not {preset}")
+        o = TrainConfig(**{**saved, **{name: getattr(o, name) for name in given}, "out_dir": o.out_dir})
+    elif last.exists():
+        raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
+    check_options(o)
+    device, dtype, why = choose_device(o.device, o.dtype)
+    train_data, val_data, tokenizer, vocab_size = open_dataset(o.dataset, o.block_size)
+    config = GPTConfig(
+        vocab_size=-(-vocab_size // 64) * 64,  # padded: matrix units like multiples
+        expert_hidden=o.expert_hidden or None,
+        **{f.name: getattr(o, f.name) for f in dataclasses.fields(GPTConfig) if f.name not in ("vocab_size", "expert_hidden")},
+    )
+    if checkpoint and (checkpoint["config"] != dataclasses.asdict(config) or checkpoint["tokenizer"] != tokenizer):
+        raise UsageError(f"the data in {o.dataset} is not what the run in {out} was trained on (tokenizer {checkpoint['tokenizer']})")
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(o.seed)
+    torch.set_float32_matmul_precision("high")
+    model = GPT(config).to(device)
+    optimizer = make_optimizer(model, o)
+    start, best = 0, math.inf
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, best = checkpoint["step"], checkpoint["best"]
+        log_lines = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
+        (out / "log.jsonl").write_text("".join(log_lines))
+    run_model = torch.compile(model) if o.compile else model
+    val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
+    eval_widths = EVAL_WIDTHS if o.n_expert > 1 else (1.0,)
+    accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
+
+    total, active = model.num_params()
+    print(f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active per token at full width")
+    print(f"{why}; {o.tokens_per_step:,} tokens per step in {accumulate} micro-batch(es) of {o.batch_size} x {o.block_size}")
+    print(f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens ({tokenizer}) from {o.dataset}")
+
+    def log(**entry):
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+    def save(path, step, **more):
+        state = dict(
+            model=model.state_dict(), config=dataclasses.asdict(config), tokenizer=tokenizer, vocab_size=vocab_size,
+            recipe=o.recipe, preset=preset, step=step, tokens=step * o.tokens_per_step, best=best,
+            options=dataclasses.asdict(o), **more,
+        )  # fmt: skip
+        save_checkpoint(path, state)
+
+    def evaluate(step):
+        nonlocal best
+        started = time.perf_counter()
+        model.eval()
+        model.read_stats()
+        losses = {}
+        for width in eval_widths:
+            losses[width] = sequence_losses(model, val_batches, width, device, dtype).mean().item()
+            if width == 1:
+                load = model.read_stats()[1]
+        model.train()
+        # the loss that the recipe trains for: mose over all widths, moe at full width
+        loss = sum(losses.values()) / len(losses) if o.recipe == "mose" else losses[1.0]
+        improved = loss < best
+        entry = dict(step=step, val_loss={f"{w:g}": l for w, l in losses.items()})
+        line = f"eval {step}/{o.steps} | " + " | ".join(f"width {w:g}: {l:.4f}" for w, l in losses.items())
+        if load is not None:
+            share = load / load.sum(1, keepdim=True) * o.n_expert  # (L, E), 1 is fair
+            entry.update(busiest=share.amax(1).tolist(), idlest=share.amin(1).tolist())
+            line += f" | experts get {share.min():.2f} to {share.max():.2f} of a fair share"
+        if improved:
+            best = loss
+            save(out / "ckpt.pt", step)
+        save(last, step, optimizer=optimizer.state_dict())
+        entry["eval_seconds"] = time.perf_counter() - started
+        log(**entry)
+        print(line + (" | best" if improved else ""), flush=True)
+
+    stop = []
+
+    def on_interrupt(signum, frame):  # finish the step, save, leave; a second Ctrl-C does not wait
+        stop.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_interrupt)
+
+    sums, steps_timed, seconds = {}, 0, 0.0
+    if start == 0:
+        evaluate(0)
+    for step in range(start, o.steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, o)
+        losses = []
+        for micro in range(accumulate):
+            rng = np.random.default_rng([o.seed, step, micro])
+            idx, targets = train_data.random_batch(o.seed, step, micro * o.batch_size, o.batch_size)
+            if device.startswith("cuda"):
+                idx, targets = idx.pin_memory(), targets.pin_memory()
+            idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            widths = training_widths(o, rng)
+            torch.manual_seed(rng.integers(2**62))  # dropout
+            for width in widths:
+                with autocast(device, dtype):
+                    _, loss, aux = run_model(idx, targets, width)
+                ((loss + aux) / (accumulate * len(widths))).backward()
+                losses.append((width == 1, loss.detach()))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
+        full, narrow = (torch.stack([l for f, l in losses if f == kind] or [norm * 0]).mean() for kind in (True, False))
+        values = torch.stack([full, narrow, norm]).tolist()  # the step's one synchronisation
+        if not all(map(math.isfinite, values)):
+            raise UsageError(
+                f"step {step}: loss {values[0]:g}, gradient norm {values[2]:g}; stopped before the update, {last} is the last good "
+                "state. A lower --learning_rate or a longer --warmup_steps usually helps"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
+        for name, value in zip(("loss_full", "loss_narrow", "grad_norm"), values):
+            sums[name] = sums.get(name, 0.0) + value
+
+        done = step + 1
+        if done % o.log_interval == 0 or done == o.steps:
+            means = {name: value / steps_timed for name, value in sums.items()}
+            speed = steps_timed * o.tokens_per_step / seconds
+            if o.recipe == "moe":
+                del means["loss_narrow"]
+            log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed)
+            left = (o.steps - done) * o.tokens_per_step / speed
+            narrow = f", narrow {means['loss_narrow']:.4f}" if o.recipe == "mose" else ""
+            print(
+                f"step {done}/{o.steps} | loss full {means['loss_full']:.4f}{narrow} | norm {means['grad_norm']:.2f} | "
+                f"{speed:,.0f} tokens/s | {int(left) // 60}m{int(left) % 60:02d}s left",
+                flush=True,
+            )
+            sums, steps_timed, seconds = {}, 0, 0.0
+        if done % o.eval_interval == 0 or done == o.steps:
+            evaluate(done)
+        if stop:
+            save(last, done, optimizer=optimizer.state_dict())
+            print(f"stopped at step {done}; {last} is saved: continue with --resume")
+            sys.exit(130)
+
+
+def main():
+    preset, options, given = parse_options()
+    train(preset, options, given)
+
+
+if __name__ == "__main__":
+    run(main, "train.py")
