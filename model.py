@@ -136,7 +136,7 @@ def grouped_mm(a, b, ends):
     b may be a slice of a larger stack: nothing is copied. The one place that knows what the kernel cannot do.
     """
     if a.dtype == torch.float64 or a.device.type not in ("cpu", "cuda"):  # no kernel: one product per group
-        return torch.cat([rows @ w for rows, w in zip(a.tensor_split(ends[:-1].cpu()), b)])
+        return torch.cat([rows @ w for rows, w in zip(a.tensor_split(ends[:-1].tolist()), b)])
     return F.grouped_mm(a, b, offs=ends)
 
 
@@ -176,13 +176,13 @@ def plan_runs(level, n_level, max_runs=6):
     """
     counts = torch.bincount(level.flatten(), minlength=n_level).tolist()  # the one device synchronisation of a layer
     enough = -(-level.numel() // max_runs)
-    run_of, sizes, run_level = [0], [counts[0], 0], [0, 0]
+    run_of, sizes, run_level = [0] * n_level, counts[:1], [0]
     for l in range(1, n_level):
-        if sizes[-1] >= enough:
-            sizes.append(0)
-            run_level.append(0)
-        run_of.append(len(sizes) - 1)
         if counts[l]:
+            if len(sizes) == 1 or sizes[-1] >= enough:
+                sizes.append(0)
+                run_level.append(0)
+            run_of[l] = len(sizes) - 1
             sizes[-1] += counts[l]
             run_level[-1] = l
     return torch.tensor(run_of, device=level.device)[level], sizes, run_level

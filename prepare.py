@@ -135,6 +135,7 @@ def read_table(path):
     import datasets
     import pyarrow
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error raised below says it all
     kind = "parquet" if path.name.endswith(".parquet") else "json"
     try:
         for i, row in enumerate(datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)):
@@ -167,7 +168,7 @@ def read_openwebtext():
         table = datasets.load_dataset(hub, split="train", revision="refs/convert/parquet")
     except (OSError, datasets.exceptions.DatasetsError) as e:
         raise UsageError(f"{hub} could not be loaded from the hub: {str(e).splitlines()[0]}") from e
-    for row in tqdm(table, unit=" documents", desc="openwebtext"):
+    for row in tqdm(table, unit=" documents", desc="openwebtext", disable=None):
         yield row["text"], True
 
 
@@ -247,28 +248,29 @@ def write_dataset(name, texts, tokenizer_name, source, root=Path("data")):
     partial.mkdir(parents=True)
     train, val, eot = ShardWriter(partial, "train"), ShardWriter(partial, "val"), np.array([tokenizer.eot_token], np.uint16)
     documents = 0
-    progress = tqdm(unit=" tokens", unit_scale=True, desc=name, mininterval=1)
-    for batch in batches(split_documents(texts)):
-        ids = tokenizer.encode_ordinary_batch([text for text, _, _ in batch], num_threads=os.cpu_count())
-        for tokens, (_, ends, is_val) in zip(ids, batch):
-            writer = val if is_val and val.total < VAL_TOKENS else train
-            writer.add(np.asarray(tokens, dtype=np.uint16))
-            if ends:
-                writer.add(eot)
-            documents += ends
-            progress.update(len(tokens) + ends)
-    progress.close()
-    train.close()
-    val.close()
-    if not train.total or not val.total:
-        shutil.rmtree(partial)
-        raise UsageError(f"too little text in {source}: {train.total} training and {val.total} validation tokens")
-    meta = dict(tokenizer=tokenizer_name, vocab_size=tokenizer.n_vocab, train_tokens=train.total, val_tokens=val.total,
-                documents=documents, source=source)
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
+    try:
+        with tqdm(unit=" tokens", unit_scale=True, desc=name, disable=None) as progress:
+            for batch in batches(split_documents(texts)):
+                ids = tokenizer.encode_ordinary_batch([text for text, _, _ in batch], num_threads=os.cpu_count())
+                for tokens, (_, ends, is_val) in zip(ids, batch):
+                    writer = val if is_val and val.total < VAL_TOKENS else train
+                    writer.add(np.asarray(tokens, dtype=np.uint16))
+                    if ends:
+                        writer.add(eot)
+                    documents += ends
+                    progress.update(len(tokens) + ends)
+        train.close()
+        val.close()
+        if not train.total or not val.total:
+            raise UsageError(f"too little text in {source}: {train.total} training and {val.total} validation tokens")
+        meta = dict(tokenizer=tokenizer_name, vocab_size=tokenizer.n_vocab, train_tokens=train.total, val_tokens=val.total,
+                    documents=documents, source=source)  # fmt: skip
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     print(f"{final}: {train.total:,} training and {val.total:,} validation tokens ({tokenizer_name}) of {documents:,} documents")
 
@@ -280,8 +282,9 @@ def write_dataset(name, texts, tokenizer_name, source, root=Path("data")):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line that names the nearest option."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, description, **kwargs):
+        kwargs.update(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, **kwargs)
 
     def error(self, message):
         if message.startswith("unrecognized arguments"):
@@ -298,6 +301,8 @@ def run(main, name):
     except (UsageError, OSError) as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main(argv=None):
