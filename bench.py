@@ -128,8 +128,9 @@ def plot_frontier(points, path):
     curves = {}
     for p in points:
         curves.setdefault((p["checkpoint"], p["policy"]), []).append(p)
+    fulls = {p["checkpoint"]: p for p in points if p["mean_width"] == 1}
     for (checkpoint, policy), curve in list(curves.items()):
-        full = curves[checkpoint, "uniform"][0]
+        full = fulls[checkpoint]
         if policy != "uniform":  # all policies are one at full width
             curve.insert(0, full)
         elif full["recipe"] == "moe":

@@ -350,10 +350,11 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
+        std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's 0.02 is for its width of 768
         for name, p in self.named_parameters():
-            if p.dim() > 1:  # GPT-2: what writes to the residual stream starts smaller the deeper the model
+            if p.dim() > 1:  # what writes to the residual stream starts smaller the deeper the model, as in GPT-2
                 residual = name.endswith(("c_proj.weight", "w_out"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std)
 
     def forward(self, idx, targets=None, width=1.0, cache=None):
         """

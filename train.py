@@ -82,8 +82,8 @@ class TrainConfig:
 
 PRESETS = {
     "demo": dict(
-        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, moe_every=1, block_size=256, steps=800, tokens_per_step=3072,
-        batch_size=12, learning_rate=2e-3, warmup_steps=50, eval_interval=200, eval_tokens=16384, log_interval=20,
+        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, moe_every=1, block_size=128, steps=800, tokens_per_step=3072,
+        batch_size=24, learning_rate=4e-3, warmup_steps=50, eval_interval=200, eval_tokens=16384, log_interval=20,
     ),  # fmt: skip
     "55m": dict(),
     "322m": dict(n_layer=12, n_head=12, n_embd=768, steps=12000, batch_size=16, learning_rate=4e-4),
