@@ -65,10 +65,11 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
         started = time.perf_counter()
         losses = sequence_losses(model, val, width, device, dtype).double()
         seconds = time.perf_counter() - started
-        mean_width = (model.read_stats()[0] or 1.0) * experts / k
+        mean_width, width_run, _ = model.read_stats() if moes else (1.0, 1.0, None)
+        mean_width, width_run = mean_width * experts / k, width_run * experts / k
         for moe in moes:
             moe.top_k = k
-        total, expert = model.flops_per_token(mean_width)
+        total, expert = model.flops_per_token(width_run)  # counted from what ran
         point = dict(
             checkpoint=str(path), recipe=checkpoint["recipe"], policy=policy, budget=budget, gamma=gamma,
             mean_width=mean_width, loss=losses.mean().item(), flops_total=total, flops_expert=expert,

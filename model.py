@@ -167,7 +167,7 @@ def dispatch(x, expert, weight, n_expert, mlp, run=None, sizes=None):
     return y, torch.diff(ends.flatten(), prepend=ends.new_zeros(1)).view(-1, n_expert).sum(0)
 
 
-def plan_runs(level, n_level, max_runs=6):
+def plan_runs(level, n_level, max_runs=8):
     """Group the width levels of all slots (N, k) into few runs: (run of each slot, sizes of runs, level of each run).
 
     Slots of one level and expert make one matrix product, which is slow when they are few. So scarce levels wait for
@@ -204,8 +204,9 @@ class SlimmableMoE(nn.Module):
         for w in (self.w_in, self.w_out):
             nn.init.normal_(w, std=0.02)
         self.neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]  # of every level
-        # what has run since the last GPT.read_stats(): slots per expert, and neurons over all slots
+        # since the last GPT.read_stats(): slots of each expert; neurons that counted and that ran, over all slots
         self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
+        self.register_buffer("neurons_kept", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("neurons_run", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x, width=1.0):
@@ -248,6 +249,7 @@ class SlimmableMoE(nn.Module):
 
         y, counts = dispatch(x.to(dtype), expert, weight, probs.size(1), mlp, run, sizes)
         self.load += counts
+        self.neurons_kept += expert.numel() * neurons[0] if keep is None else keep.sum()
 
         # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
         balance = probs.size(1) * (counts / expert.numel() * probs.mean(0)).sum()
@@ -416,20 +418,20 @@ class GPT(nn.Module):
         return total + expert, expert
 
     def read_stats(self):
-        """What the MoE layers have run since the last call: (mean width, slots per expert and layer (L, E)).
+        """What the MoE layers did since the last call: (mean width, mean width run, slots per layer and expert (L, E)).
 
-        The mean width is measured: neurons that ran, as a share of those of all slots. (None, None) for a dense model.
+        Both are measured, in neurons as a share of all: the mean width is of those that counted, the width run adds
+        those that `plan_runs` ran and discarded; FLOPs are to be counted from the latter. A dense model gives Nones.
         """
-        layers = [block.mlp for block in self.transformer.h if block.moe]
-        if not layers:
-            return None, None
-        load = torch.stack([moe.load for moe in layers]).cpu()
-        neurons = sum(moe.neurons_run.item() for moe in layers)
-        for moe in layers:
-            moe.load.zero_()
-            moe.neurons_run.zero_()
-        slots = load.sum().item() * self.config.expert_hidden
-        return neurons / slots if slots else None, load
+        moes = [block.mlp for block in self.transformer.h if block.moe]
+        if not moes:
+            return None, None, None
+        load, kept, run = (torch.stack([getattr(m, s) for m in moes]).cpu() for s in ("load", "neurons_kept", "neurons_run"))
+        for m in moes:
+            for counter in (m.load, m.neurons_kept, m.neurons_run):
+                counter.zero_()
+        neurons = max(1, load.sum().item() * self.config.expert_hidden)
+        return kept.sum().item() / neurons, run.sum().item() / neurons, load
 
     @torch.no_grad()
     def stream(self, idx, num_tokens, temperature=1.0, top_k=None, width=1.0, n_vocab=None, generator=None):

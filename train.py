@@ -383,7 +383,7 @@ def train(preset, o, given):
         for width in eval_widths:
             losses[width] = sequence_losses(model, val_batches, width, device, dtype).mean().item()
             if width == 1:
-                load = model.read_stats()[1]
+                load = model.read_stats()[2]
         model.train()
         # the loss that the recipe trains for: mose over all widths, moe at full width
         loss = sum(losses.values()) / len(losses) if o.recipe == "mose" else losses[1.0]
