@@ -157,9 +157,9 @@ def plot_frontier(points, path):
 
 
 def frontier(o):
-    device, dtype, why = choose_device(o.device, o.dtype)
-    loaded = [(path, *load_model(path, device)) for path in o.checkpoints]
+    loaded = [(path, *load_model(path)) for path in o.checkpoints]
     first = loaded[0][2]
+    device, dtype, why = choose_device(o.device, o.dtype, first["config"]["n_embd"])
     for path, _, checkpoint in loaded[1:]:
         if (checkpoint["tokenizer"], checkpoint["config"]["block_size"]) != (first["tokenizer"], first["config"]["block_size"]):
             raise UsageError(f"{path} and {o.checkpoints[0]} differ in tokenizer or context: their losses cannot be compared")
@@ -174,7 +174,7 @@ def frontier(o):
 
     points = []
     for path, model, checkpoint in loaded:
-        points += frontier_points(path, model, checkpoint, val_batches, calibration, device, dtype)
+        points += frontier_points(path, model.to(device), checkpoint, val_batches, calibration, device, dtype)
     print_frontier(points)
     folder = Path(o.checkpoints[0]).parent
     results = dict(

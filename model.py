@@ -10,7 +10,7 @@ its hidden neurons, so one set of weights serves every compute budget:
     logits, loss, aux = model(idx, targets, width=RouterWidth(0.5, 1.0))  # half on average, confident experts wider
 
 Read downwards: widths, config, experts and their dispatch, attention, the GPT, generation.
-In shape comments B is the batch, T the sequence, d = n_embd, N = B*T tokens, k = top_k experts a token,
+In shape comments B is the batch, T the sequence, d = n_embd, N = B*T tokens, k = top_k experts per token,
 E = n_expert, H = the neurons of one expert, S = N*k slots (a slot is one token at one of its experts).
 """
 
@@ -32,6 +32,11 @@ class UsageError(ValueError):
 GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05
 
 
+def check_width(width, name="width"):
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+        raise UsageError(f"{name} must be a number above 0 and at most 1, not {width!r}")
+
+
 def width_to_neurons(width, n_hidden):
     """The neurons that run at `width` in (0, 1]: the multiple of 8 nearest to width * n_hidden, at least 8.
 
@@ -43,24 +48,21 @@ def width_to_neurons(width, n_hidden):
     return max(8, 8 * round(width * n_hidden / 8))
 
 
-def check_width(width, name="width"):
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
-        raise UsageError(f"{name} must be a number above 0 and at most 1, not {width!r}")
-
-
 class RouterWidth:
     """Width policy: split each token's budget over its experts by the router's confidence (paper, section 3.3).
 
-    budget: mean width over a token's selected experts, in (0, 1]; they share k * budget.
-    gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width;
-        a large gamma at budget 1/k is top-1 routing. A tensor that requires grad makes the widths continuous and
-        differentiable, which is how `calibrate` in bench.py learns gamma; for serving it must be a number.
+    budget: mean width over a token's selected experts, at most 1; the k of them share k * budget.
+    gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width; a
+        large gamma at budget 1/k runs only the likeliest expert. A number, except while gamma is being learned (see
+        `calibrate` in bench.py): then a tensor that requires grad, and widths are continuous, off the grid.
 
     Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place.
     """
 
     def __init__(self, budget, gamma=1.0):
         check_width(budget, "budget")
+        if budget < 1 / GRID:
+            raise UsageError(f"budget must be at least {1 / GRID}, one step of the width grid, not {budget}")
         if not 0 <= gamma < math.inf:
             raise UsageError(f"gamma must be a finite number of at least 0, not {gamma!r}")
         self.budget, self.gamma = budget, gamma
@@ -77,8 +79,9 @@ class RouterWidth:
         for _ in range(k - 1):  # each round fills at least one more expert, or changes nothing
             full = width >= 1
             left = k * self.budget - full.sum(-1, keepdim=True)
-            width = torch.where(full, 1.0, left * score.masked_fill(full, -1e30).softmax(-1))
-        width = width.clamp(0, 1)
+            others = score.masked_fill(full, torch.finfo(score.dtype).min)  # not -inf: if all are full, softmax is NaN
+            width = torch.where(full, 1.0, left * others.softmax(-1))
+        width = width.clamp(0, 1)  # float round-off
         return width if width.requires_grad else (width * GRID).round() / GRID
 
 
@@ -122,70 +125,78 @@ class GPTConfig:
         return self.n_expert > 1 and layer % self.moe_every == 0
 
     def dense_hidden(self, layer):
-        """Hidden neurons of a dense block: in a dense model expert_hidden also sets those where experts would be."""
+        """Hidden neurons of a dense MLP. In a dense model, blocks that would hold experts use expert_hidden."""
         return self.expert_hidden if layer % self.moe_every == 0 else 4 * self.n_embd
 
 
 # -----------------------------------------------------------------------------
 # Slimmable experts
+#
+# Slots are sorted, then processed in chunks, each at one width: one pair of grouped matrix products over all experts.
+# With one width for all there is one chunk. With a width per slot, chunks collect the slots of similar width.
+
+MAX_CHUNKS = 8
 
 
 def grouped_mm(a, b, ends):
     """Multiply rows ends[e-1]:ends[e] of a (S, K) by b[e] of b (E, K, M), for every e. Returns (S, M).
 
-    b may be a slice of a larger stack: nothing is copied. The one place that knows what the kernel cannot do.
+    b may be a slice of a larger stack: nothing is copied.
     """
-    if a.dtype == torch.float64 or a.device.type not in ("cpu", "cuda"):  # no kernel: one product per group
+    if a.dtype == torch.float64 or a.device.type not in ("cpu", "cuda"):  # no kernel for these: one product per group
         return torch.cat([rows @ w for rows, w in zip(a.tensor_split(ends[:-1].tolist()), b)])
     return F.grouped_mm(a, b, offs=ends)
 
 
-def dispatch(x, expert, weight, n_expert, mlp, run=None, sizes=None):
+def plan_chunks(level, n_level):
+    """Decide which slots are processed together, from their width levels (N, k), each in [0, n_level).
+
+    A chunk's product for one expert is slow when it has few rows. So scarce levels wait for the next wider ones until
+    1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
+    much is zeroed. Chunk 0 is level 0: the skipped slots.
+    Returns the chunk of each slot (N, k), and lists of each chunk's number of slots and level, in ascending order.
+    """
+    # the host learns the counts here; it is the only place where per-token widths wait for the device
+    counts = (level.reshape(-1, 1) == torch.arange(n_level, device=level.device)).sum(0).tolist()
+    chunk_of, sizes, levels = [0] * n_level, counts[:1], [0]
+    for l in range(1, n_level):
+        if counts[l]:
+            if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():
+                sizes.append(0)
+                levels.append(l)
+            chunk_of[l] = len(sizes) - 1
+            sizes[-1] += counts[l]
+            levels[-1] = l
+    return torch.tensor(chunk_of, device=level.device)[level], sizes, levels
+
+
+def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
     """Take every token to its experts and add up what they return, weighted. No token is dropped, none is padded.
 
     x: (N, d) tokens
     expert, weight: (N, k), the experts of each token and what their outputs count
-    run: (N, k) ints, in which run of `mlp` each slot is processed, sizes[r] being the slots of run r; None for one run
-    mlp(x, ends, r, slot): the experts. Gets the rows x (n, d) of run r, sorted by expert, expert e's ending before
-        ends[e], and their places (n,) in expert.flatten(); returns (n, d).
-    Returns (N, d) and the number of slots each expert got, (E,).
+    chunk: (N, k), the chunk of each slot, and sizes, the slots of each chunk, as plan_chunks returns; None for one chunk
+    mlp(rows, ends, c, slot) -> (n, d): the experts, for chunk c. rows (n, d) are sorted by expert, expert e owns
+        rows[ends[e-1]:ends[e]], and row i is slot[i], an index into expert.flatten().
+    Returns (N, d), and the number of slots of each expert (E,).
     """
     N, k = expert.shape
     sizes = sizes or [N * k]
-    key, slot = (expert if run is None else run * n_expert + expert).flatten().sort(stable=True)
-    last = torch.arange(len(sizes) * n_expert, device=x.device)
-    ends = torch.searchsorted(key, last, right=True, out_int32=True).view(len(sizes), n_expert)
-    ys, start, xs = [], 0, x.index_select(0, slot // k)  # (S, d), every token k times
-    for r, size in enumerate(sizes):
+    key, slot = (expert if chunk is None else chunk * n_expert + expert).flatten().sort(stable=True)
+    groups = torch.arange(len(sizes) * n_expert, device=x.device)
+    ends = torch.searchsorted(key, groups, right=True, out_int32=True).view(len(sizes), n_expert)
+    rows = x.index_select(0, slot // k)  # (S, d), every token k times
+    ys, start = [], 0
+    for c, size in enumerate(sizes):
         if size:
-            rows = slice(start, start + size)
-            ys.append(mlp(xs[rows], ends[r] - start, r, slot[rows]))
+            part = slice(start, start + size)
+            ys.append(mlp(rows[part], ends[c] - start, c, slot[part]))
             start += size
-    back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N * k, device=x.device))
-    ys = (torch.cat(ys) if len(ys) > 1 else ys[0]).index_select(0, back).view(N, k, -1)
+    ys = torch.cat(ys) if len(ys) > 1 else ys[0]
+    back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N * k, device=x.device))  # undoes the sort
+    ys = ys.index_select(0, back).view(N, k, -1)
     y = torch.bmm(weight.to(ys.dtype).unsqueeze(1), ys).squeeze(1)  # (N, 1, k) @ (N, k, d)
     return y, torch.diff(ends.flatten(), prepend=ends.new_zeros(1)).view(-1, n_expert).sum(0)
-
-
-def plan_runs(level, n_level, max_runs=8):
-    """Group the width levels of all slots (N, k) into few runs: (run of each slot, sizes of runs, level of each run).
-
-    Slots of one level and expert make one matrix product, which is slow when they are few. So scarce levels wait for
-    the next wider ones until 1/max_runs of the slots are together, and run at the widest of their levels.
-    Run 0 is level 0: the skipped slots.
-    """
-    counts = torch.bincount(level.flatten(), minlength=n_level).tolist()  # the one device synchronisation of a layer
-    enough = -(-level.numel() // max_runs)
-    run_of, sizes, run_level = [0] * n_level, counts[:1], [0]
-    for l in range(1, n_level):
-        if counts[l]:
-            if len(sizes) == 1 or sizes[-1] >= enough:
-                sizes.append(0)
-                run_level.append(0)
-            run_of[l] = len(sizes) - 1
-            sizes[-1] += counts[l]
-            run_level[-1] = l
-    return torch.tensor(run_of, device=level.device)[level], sizes, run_level
 
 
 class SlimmableMoE(nn.Module):
@@ -203,11 +214,10 @@ class SlimmableMoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(E, H, d))  # ... and its output vector: a width is a prefix of both
         for w in (self.w_in, self.w_out):
             nn.init.normal_(w, std=0.02)
-        self.neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]  # of every level
-        # since the last GPT.read_stats(): slots of each expert; neurons that counted and that ran, over all slots
-        self.register_buffer("load", torch.zeros(E, dtype=torch.int64), persistent=False)
-        self.register_buffer("neurons_kept", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("neurons_run", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.level_neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]
+        counters = dict(load=(E,), neurons_used=(), neurons_run=())  # see GPT.read_stats
+        for name, size in counters.items():
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64), persistent=False)
 
     def forward(self, x, width=1.0):
         """x (..., d) and a width or width policy -> y (..., d) and the weighted router losses, a scalar."""
@@ -219,51 +229,53 @@ class SlimmableMoE(nn.Module):
         top_p, expert = probs.topk(self.top_k)  # (N, k)
         weight = top_p / top_p.sum(-1, keepdim=True)
 
-        run, sizes, neurons, fade, keep = None, None, [H], None, None  # one run, at full width
-        if isinstance(width, (int, float)):
+        neurons, chunk, sizes, limit, mask = [H], None, None, None, None  # neurons of each chunk
+        if not hasattr(width, "widths"):  # one width for all
             neurons = [width_to_neurons(width, H)]
-        elif (widths := width.widths(top_p.detach())).requires_grad:  # gamma is being learned
-            fade = self.fade(widths)  # (S, H)
         else:
-            level = (widths * GRID).round().long()
-            run, sizes, run_level = plan_runs(level, len(self.neurons))
-            neurons = [self.neurons[l] for l in run_level]
-            keep = torch.tensor(self.neurons, device=x.device)[level.flatten()]  # (S,)
+            widths = width.widths(top_p.detach())
+            if widths.requires_grad:  # gamma is being learned: all neurons run, and count more or less
+                mask = self.soft_mask(widths)  # (S, H)
+            else:
+                level = (widths * GRID).round().long()
+                chunk, sizes, levels = plan_chunks(level, GRID + 1)
+                neurons = [self.level_neurons[l] for l in levels]
+                limit = torch.tensor(self.level_neurons, device=x.device)[level].view(-1, 1)  # (S, 1) neurons
 
         # grouped_mm is unknown to autocast, so cast here: once, and only the neurons that can run
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         w_in, w_out = (w[:, : neurons[-1]].to(dtype) for w in (self.w_in, self.w_out))
 
-        def mlp(x, ends, r, slot):
-            h = neurons[r]
-            if h == 0:  # skipped experts
-                return torch.zeros_like(x)
-            self.neurons_run += len(x) * h
-            a = F.gelu(grouped_mm(x, w_in[:, :h].mT, ends))
-            if fade is not None:
-                a = a * fade[slot].to(a.dtype)
-            if keep is not None:
-                lo = neurons[r - 1]
-                a[:, lo:].masked_fill_(torch.arange(lo, h, device=x.device) >= keep[slot].unsqueeze(1), 0)
+        def mlp(rows, ends, c, slot):
+            h = neurons[c]
+            if h == 0:  # skipped slots
+                return torch.zeros_like(rows)
+            self.neurons_run += len(rows) * h
+            a = F.gelu(grouped_mm(rows, w_in[:, :h].mT, ends))
+            if mask is not None:
+                a = a * mask[slot].to(a.dtype)
+            if limit is not None:  # all slots here are wider than the chunk before, so only the last neurons can be too many
+                sure = neurons[c - 1]
+                a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
             return grouped_mm(a, w_out[:, :h], ends)
 
-        y, counts = dispatch(x.to(dtype), expert, weight, probs.size(1), mlp, run, sizes)
-        self.load += counts
-        self.neurons_kept += expert.numel() * neurons[0] if keep is None else keep.sum()
+        y, load = dispatch(x.to(dtype), expert, weight, probs.size(1), mlp, chunk, sizes)
+        self.load += load
+        self.neurons_used += expert.numel() * neurons[0] if limit is None else limit.sum()
 
         # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
-        balance = probs.size(1) * (counts / expert.numel() * probs.mean(0)).sum()
+        balance = probs.size(1) * (load / expert.numel() * probs.mean(0)).sum()
         z = router_logits.logsumexp(-1).square().mean()
         return y.view(shape), self.balance_coef * balance + self.z_coef * z
 
-    def fade(self, widths):
+    def soft_mask(self, widths):
         """Continuous widths (N, k) -> what each neuron of each slot counts, (S, H), for learning widths by gradient.
 
         Neurons join in blocks, one per grid step. A width between two grid points fades the block between them in
         linearly, so the output is exact on the grid, piecewise linear in between, and has a true gradient.
         """
         neuron = torch.arange(self.w_in.size(1), device=widths.device)
-        block = torch.bucketize(neuron, torch.tensor(self.neurons, device=widths.device), right=True) - 1
+        block = torch.bucketize(neuron, torch.tensor(self.level_neurons, device=widths.device), right=True) - 1
         return (widths.flatten().unsqueeze(1) * GRID - block).clamp(0, 1)
 
 
@@ -272,7 +284,10 @@ class SlimmableMoE(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: per layer (2, B, n_head, block_size, head size), allocated once."""
+    """Keys and values of the tokens seen so far: per layer (2, B, n_head, block_size, head size), allocated once.
+
+    `length` of them are filled. GPT.forward advances it, once all layers have extended theirs.
+    """
 
     def __init__(self, config):
         self.size, self.length, self.kv = config.block_size, 0, {}
@@ -302,8 +317,8 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-            S = k.size(2)  # the T new tokens see the S - T old ones, and each other causally
-            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            seen = k.size(2)  # the T new tokens see all old ones, and each other causally
+            mask = None if T in (1, seen) else torch.ones(T, seen, dtype=torch.bool, device=x.device).tril(seen - T)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
         )
@@ -352,9 +367,10 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
-        std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's 0.02 is for its width of 768
+        std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's 0.02 at its width of 768
         for name, p in self.named_parameters():
-            if p.dim() > 1:  # what writes to the residual stream starts smaller the deeper the model, as in GPT-2
+            if p.dim() > 1:
+                # what writes to the residual stream starts smaller the deeper the model, as in GPT-2
                 residual = name.endswith(("c_proj.weight", "w_out"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std)
 
@@ -368,12 +384,14 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise UsageError(f"{start + T} tokens do not fit in the context of {self.config.block_size} (block_size)")
+        if T == 0 or start + T > self.config.block_size:
+            raise UsageError(f"{start + T} tokens do not fit: the context (block_size) is 1 to {self.config.block_size} tokens")
+        if cache is not None and targets is not None:
+            raise UsageError("a cache is for generation, which has no targets: give one or the other")
         if not hasattr(width, "widths"):
             check_width(width)
-            if width < 1 and self.config.n_expert == 1:
-                raise UsageError(f"a dense model (n_expert=1) has no experts to slim: width must be 1, not {width}")
+        if self.config.n_expert == 1 and width != 1:
+            raise UsageError(f"a dense model (n_expert=1) has no experts to slim: width must be 1, not {width}")
         pos = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, d)
         aux = torch.zeros((), device=idx.device)
@@ -418,35 +436,33 @@ class GPT(nn.Module):
         return total + expert, expert
 
     def read_stats(self):
-        """What the MoE layers did since the last call: (mean width, mean width run, slots per layer and expert (L, E)).
+        """What the MoE layers did since the last call: (mean width, mean width run, slots of each expert (layers, E)).
 
-        Both are measured, in neurons as a share of all: the mean width is of those that counted, the width run adds
-        those that `plan_runs` ran and discarded; FLOPs are to be counted from the latter. A dense model gives Nones.
+        Both are measured, as shares of all neurons of all slots. The mean width is what the policy used; what ran is a
+        little more, because plan_chunks lets scarce widths run with wider ones: count FLOPs from that. (Neither means
+        anything while gamma is learned.) A dense model gives Nones.
         """
         moes = [block.mlp for block in self.transformer.h if block.moe]
         if not moes:
             return None, None, None
-        load, kept, run = (torch.stack([getattr(m, s) for m in moes]).cpu() for s in ("load", "neurons_kept", "neurons_run"))
-        for m in moes:
-            for counter in (m.load, m.neurons_kept, m.neurons_run):
+        totals = []
+        for name in ("load", "neurons_used", "neurons_run"):
+            counters = [getattr(moe, name) for moe in moes]
+            totals.append(torch.stack(counters).cpu())
+            for counter in counters:
                 counter.zero_()
-        neurons = max(1, load.sum().item() * self.config.expert_hidden)
-        return kept.sum().item() / neurons, run.sum().item() / neurons, load
+        load, used, run = totals
+        possible = max(1, load.sum().item() * self.config.expert_hidden)
+        return used.sum().item() / possible, run.sum().item() / possible, load
 
     @torch.no_grad()
     def stream(self, idx, num_tokens, temperature=1.0, top_k=None, width=1.0, n_vocab=None, generator=None):
         """Continue idx (B, T) token by token, yielding (B, 1) each time.
 
         temperature 0 takes the likeliest token; top_k samples from the k likeliest only; ids from n_vocab on (the
-        padding of the vocabulary) are never sampled. When the context is full its older half is forgotten, so the
-        cost of a token never depends on how many were generated.
+        padding of the vocabulary) are never sampled. When the context is full its older half is forgotten and the
+        rest read again, so the cost of a token is bounded, however many are generated.
         """
-        if idx.size(1) > self.config.block_size:
-            raise UsageError(
-                f"a prompt of {idx.size(1)} tokens does not fit in the context of {self.config.block_size} (block_size)"
-            )
-        if idx.size(1) == 0:
-            raise UsageError("the prompt is empty: give at least one token")
         cache, new = KVCache(self.config), idx
         for _ in range(num_tokens):
             if cache.length == self.config.block_size:

@@ -76,8 +76,9 @@ def main():
     o = parse_options()
     widths = chosen_widths(o)
     prompt = read_prompt(o.prompt)
-    device = choose_device(o.device, "float32")[0]
-    model, checkpoint = load_model(o.checkpoint, device)
+    model, checkpoint = load_model(o.checkpoint)
+    device = choose_device(o.device, "float32", model.config.n_embd)[0]
+    model.to(device)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if any(width != 1 for _, width in widths) and model.config.n_expert == 1:
         raise UsageError(f"{o.checkpoint} is a dense model, without experts to slim: leave out --width, --budget and --compare")

@@ -404,8 +404,9 @@ class TestGPT:
             config(**bad)
 
     def test_a_dense_model_has_no_width(self):
-        with pytest.raises(UsageError, match="dense"):
-            GPT(config(n_expert=1))(torch.zeros(1, 2, dtype=torch.long), width=0.5)
+        for width in (0.5, RouterWidth(0.5)):
+            with pytest.raises(UsageError, match="dense"):
+                GPT(config(n_expert=1))(torch.zeros(1, 2, dtype=torch.long), width=width)
 
 
 class TestGeneration:
@@ -443,7 +444,7 @@ class TestGeneration:
     def test_a_prompt_that_does_not_fit_is_refused(self):
         model = GPT(config())
         for length in (0, 33):
-            with pytest.raises(UsageError, match="prompt"):
+            with pytest.raises(UsageError, match="do not fit"):
                 model.generate(torch.zeros(1, length, dtype=torch.long), 1)
 
 

@@ -32,7 +32,7 @@ from model import GPT, GPTConfig, UsageError
 from prepare import MAGIC, VERSION, Parser, get_tokenizer, run
 
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-TRAIN_WIDTHS = [level / 20 for level in range(5, 20)]  # 0.25 to 0.95, the widths that recipe mose draws from
+TRAIN_WIDTHS = [level / 20 for level in range(2, 20)]  # 0.1 to 0.95, the widths that recipe mose draws from
 
 # -----------------------------------------------------------------------------
 # Options
@@ -140,8 +140,8 @@ def check_options(o):
         raise UsageError(f"--eval_tokens {o.eval_tokens} must be at least one sequence, block_size = {o.block_size}")
 
 
-def choose_device(device, dtype):
-    """Resolve "auto". Returns the device, the dtype of matrix products, and a line that says why."""
+def choose_device(device, dtype, n_embd):
+    """Resolve "auto" for a model of width n_embd. Returns device, dtype of matrix products, a line that says why."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.split(":")[0]
@@ -153,12 +153,13 @@ def choose_device(device, dtype):
         name, fast = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == "cpu":
         name = f"{torch.get_num_threads()} CPU threads"
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # small products of ever new shapes, as a router makes them, cost bfloat16 more than they save
+        fast = n_embd >= 256 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     else:
         name, fast = "Apple GPU", False
     why = "asked for"
     if dtype == "auto":
-        dtype, why = ("bfloat16", "fast here") if fast else ("float32", "no fast bfloat16 here")
+        dtype, why = ("bfloat16", "fast here") if fast else ("float32", "bfloat16 would not be faster here")
     if dtype not in ("bfloat16", "float32"):
         raise UsageError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
     return device, getattr(torch, dtype), f"{kind} ({name}), {dtype} ({why})"
@@ -269,7 +270,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, device="cpu"):
+def load_model(path):
     """A checkpoint's path -> (its model in evaluation mode, the checkpoint)."""
     checkpoint = load_checkpoint(path)
     try:
@@ -277,7 +278,7 @@ def load_model(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as e:
         raise UsageError(f"{path} does not fit this version of model.py: {str(e).splitlines()[0]}") from e
-    return model.to(device).eval(), checkpoint
+    return model.eval(), checkpoint
 
 
 # -----------------------------------------------------------------------------
@@ -330,7 +331,7 @@ def train(preset, o, given):
     elif last.exists():
         raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
     check_options(o)
-    device, dtype, why = choose_device(o.device, o.dtype)
+    device, dtype, why = choose_device(o.device, o.dtype, o.n_embd)
     train_data, val_data, tokenizer, vocab_size = open_dataset(o.dataset, o.block_size)
     config = GPTConfig(
         vocab_size=-(-vocab_size // 64) * 64,  # padded: matrix units like multiples
