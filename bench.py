@@ -1,28 +1,38 @@
 """
-Measure a checkpoint: what quality costs.
+Measure: what quality costs, and whether a narrower width is a shorter time.
 
     python bench.py frontier                                      # out/demo/ckpt.pt: loss against compute
     python bench.py frontier out/demo/ckpt.pt out/demo-moe/ckpt.pt
+    python bench.py speed --preset=55m                            # time against width on this machine
+    python bench.py speed --checkpoint=out/demo/ckpt.pt --compile
 
 frontier runs one checkpoint at budgets from a quarter of its experts to all of them, with each way of spending the
 budget, on the same validation text. Checkpoints of recipe moe are shown as they are, with fewer experts, and cut to
 a narrower width that they were never trained for. It prints a table and writes frontier.json and frontier.png beside
 the first checkpoint.
+
+speed times the layer, the training step, prefill and decoding at every width, each beside a dense network of the same
+active FLOPs, in turns so that a noisy machine slows both. It prints a table and writes speed.json and speed.png.
 """
 
+import dataclasses
 import json
 import math
-import os
-import sys
+import statistics
 import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import RouterWidth, UsageError
+from model import GPT, MLP, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, width_to_neurons
 from prepare import Parser, run
-from train import autocast, choose_device, load_model, open_dataset, sequence_losses
+from train import (
+    PRESETS, TrainConfig, autocast, choose_device, load_checkpoint, load_model, make_config, make_optimizer, open_dataset,
+    sequence_losses, to_inference,
+)  # fmt: skip
 
 BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25)
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: told apart by all
@@ -187,6 +197,274 @@ def frontier(o):
 
 
 # -----------------------------------------------------------------------------
+# speed: time against width
+
+COLUMNS = (1.0, 0.75, 0.5, 0.25, RouterWidth(0.5, 1.0))
+
+
+def mean_width(column):
+    return column if isinstance(column, float) else column.budget
+
+
+class NanoMoE(nn.Module):
+    """nanoMoE's published layer, for comparison: one-hot masks (tokens, experts, capacity) carry tokens to experts and
+    back, capacity 1.25 times the even share, tokens beyond it dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        moe = SlimmableMoE(config)
+        self.top_k, self.router, self.w_in, self.w_out = config.top_k, moe.router, moe.w_in, moe.w_out
+
+    def run(self, x, neurons):
+        shape, k, E = x.shape, self.top_k, self.w_in.size(0)
+        x = x.reshape(-1, shape[-1])
+        capacity = int(1.25 * k * len(x) / E)
+        with torch.autocast(x.device.type, enabled=False):
+            top, expert = F.linear(x.float(), self.router.weight).topk(k)
+        p = torch.full((len(x), E), -math.inf, device=x.device).scatter_(-1, expert, top).softmax(-1)
+        mask = F.one_hot(expert, E).permute(1, 0, 2)  # (k, N, E)
+        rank = (mask.reshape(-1, E).cumsum(0) - 1).view_as(mask)
+        mask = mask * (rank < capacity)
+        place = F.one_hot((mask * rank).sum(-1), capacity)  # (k, N, C)
+        combine = ((mask * p).unsqueeze(-1) * place.unsqueeze(2)).sum(0)  # (N, E, C)
+        rows = combine.bool().permute(1, 2, 0).type_as(x) @ x  # (E, C, d)
+        out = torch.bmm(F.gelu(torch.bmm(rows, self.w_in.mT)), self.w_out)
+        y = combine.view(len(x), -1).to(out.dtype) @ out.view(-1, shape[-1])
+        return y.view(shape), 0.0
+
+
+def synchronize(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def time_in_turns(cases, device, seconds):
+    """Run the functions of cases {name: function} in turns for `seconds`, at least 3 times: {name: median seconds}."""
+    for run_case in cases.values():  # warm up: compilation, caches, lazy initialisation
+        run_case()
+        run_case()
+    times, deadline = {name: [] for name in cases}, time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(times[name]) < 3:
+        for name, run_case in cases.items():
+            synchronize(device)
+            started = time.perf_counter()
+            run_case()
+            synchronize(device)
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def peak_memory(run_case, device):
+    """Bytes allocated on the GPU at the peak, weights included. None on a CPU, whose allocator keeps no count."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    run_case()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated()
+
+
+def layer_cases(config, device, dtype, n_tokens, backward):
+    """{(kind, column): (function, tokens, FLOPs)} of the MoE layer alone, and of a dense MLP of equal active FLOPs."""
+    d, H, k = config.n_embd, config.expert_hidden, config.top_k
+    x = torch.randn(n_tokens, d, device=device, dtype=dtype, requires_grad=backward)
+    g, moe = torch.randn_like(x), SlimmableMoE(config).to(device)
+    nn.init.normal_(moe.router.weight, std=0.02)
+    moe.w_in.data, moe.w_out.data = moe.w_in.data.to(dtype), moe.w_out.data.to(dtype)
+    cases = {}
+
+    def case(f, parameters):
+        def run_case():
+            with torch.set_grad_enabled(backward):
+                y = f()
+            if backward:
+                torch.autograd.grad(y, [x, *parameters], g)
+
+        return run_case
+
+    for column in COLUMNS:
+        h = width_to_neurons(mean_width(column), H)
+        dense = MLP(d, k * h).to(device, dtype)
+        flops = n_tokens * 4 * d * k * h * (3 if backward else 1)
+        cases["moe", column] = case(lambda column=column: moe(x, column)[0], moe.parameters()), n_tokens, flops
+        cases["dense", column] = case(lambda dense=dense: dense(x), dense.parameters()), n_tokens, flops
+    return cases
+
+
+def dense_config(config, column):
+    """A dense GPT with the active parameters that the MoE has at this width."""
+    h = config.top_k * width_to_neurons(mean_width(column), config.expert_hidden)
+    return dataclasses.replace(config, n_expert=1, top_k=1, expert_hidden=h)
+
+
+def build(config, state, device, compile):
+    model = GPT(config).to(device)
+    if state is not None:
+        model.load_state_dict(state)
+    if compile:
+        model.body = torch.compile(model.body)
+    return model
+
+
+def train_cases(config, state, device, dtype, batch, compile, recipe):
+    """Whole optimizer steps: recipe moe at full width; recipe mose at full width and at the column's."""
+    idx = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
+    cases, tokens = {}, idx.numel()
+
+    def case(model, widths):
+        optimizer = make_optimizer(model, TrainConfig())
+
+        def run_case():
+            for width in widths:
+                with autocast(device, dtype):
+                    _, loss, aux = model(idx, idx, width)
+                ((loss + aux) / len(widths)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        flops = 3 * tokens * sum(model.flops_per_token(mean_width(w))[0] for w in widths)
+        return run_case, tokens, flops
+
+    moe = build(config, state, device, compile)
+    if recipe == "mose":
+        cases["moe", 1.0] = case(moe, [1.0])
+        for column in COLUMNS[1:]:
+            cases["moe", column] = case(moe, [1.0, column])
+        return cases
+    cases["moe", 1.0] = case(moe, [1.0])
+    cases["dense", 1.0] = case(build(dense_config(config, 1.0), None, device, compile), [1.0])
+    if not compile:
+        nano = build(config, state, device, False)
+        for block in nano.transformer.h:
+            if block.moe:
+                block.mlp = NanoMoE(config).to(device)
+        cases["nanoMoE", 1.0] = case(nano, [1.0])
+    return cases
+
+
+def inference_cases(config, state, device, dtype, batch, compile, seen, new):
+    """Forward passes over `new` tokens after `seen` ones that are in the cache already."""
+    cases = {}
+
+    def case(model, width):
+        model = to_inference(model, device, dtype)
+        cache = KVCache(config)
+        idx = torch.randint(0, config.vocab_size, (batch, max(seen, new)), device=device)
+        with torch.no_grad():
+            if seen:
+                model(idx[:, :seen], width=width, cache=cache)
+
+        @torch.no_grad()
+        def run_case():
+            cache.length = seen
+            model(idx[:, :new], width=width, cache=cache)
+
+        return run_case, batch * new, batch * new * model.flops_per_token(mean_width(width), seen + new)[0]
+
+    moe = build(config, state, device, compile)
+    for column in COLUMNS:
+        cases["moe", column] = case(moe, column)
+        dense = build(dense_config(config, column), None, device, compile)
+        cases["dense", column] = case(dense, 1.0)
+    return cases
+
+
+def speed(o):
+    if o.checkpoint:
+        checkpoint = load_checkpoint(o.checkpoint)
+        config, state, folder, name = GPTConfig(**checkpoint["config"]), checkpoint["model"], Path(o.checkpoint).parent, o.checkpoint
+    else:
+        options = TrainConfig(**PRESETS[o.preset])
+        config, state, folder, name = make_config(options, 50257 if o.preset != "demo" else 257), None, Path(f"out/{o.preset}"), o.preset
+    if config.n_expert == 1:
+        raise UsageError(f"{name} is a dense model: there is no width to measure")
+    device, dtype, why = choose_device(o.device, o.dtype, config.n_embd)
+    gpu = device.startswith("cuda")
+    print(f"{name} on {why}; torch {torch.__version__}; median of turns, {o.seconds:g} s a row")
+    T, batch = config.block_size, o.batch_size or (16 if gpu else max(1, 2048 // config.block_size))
+    n_tokens = 32768 if gpu else 4096
+    results = []
+    for mode in ("eager", "compile") if o.compile else ("eager",):
+        compiled = mode == "compile"
+        rows = {
+            "layer forward": lambda: layer_cases(config, device, dtype, n_tokens, False),
+            "layer forward and backward": lambda: layer_cases(config, device, dtype, n_tokens, True),
+            "training step, recipe moe": lambda: train_cases(config, state, device, dtype, batch, compiled, "moe"),
+            "training step, recipe mose": lambda: train_cases(config, state, device, dtype, batch, compiled, "mose"),
+            "prefill": lambda: inference_cases(config, state, device, dtype, 1, compiled, 0, T),
+            "decode, batch 1": lambda: inference_cases(config, state, device, dtype, 1, compiled, T // 2, 1),
+            "decode, batch 16": lambda: inference_cases(config, state, device, dtype, 16, compiled, T // 2, 1),
+            "decode, batch 1, context a tenth full": lambda: inference_cases(config, state, device, dtype, 1, compiled, T // 10, 1),
+            "decode, batch 1, context nine tenths full": lambda: inference_cases(config, state, device, dtype, 1, compiled, T * 9 // 10, 1),
+        }
+        for row, make_cases in rows.items():
+            if compiled and row.startswith("layer"):
+                continue  # seen inside the training step
+            torch.manual_seed(o.seed)
+            cases = make_cases()
+            seconds = time_in_turns({key: f for key, (f, _, _) in cases.items()}, device, o.seconds)
+            for (kind, column), (f, tokens, flops) in cases.items():
+                t = seconds[kind, column]
+                full = cases[kind, 1.0]
+                result = dict(
+                    row=row, mode=mode, kind=kind, column="uniform" if isinstance(column, float) else "router", width=mean_width(column),
+                    seconds=t, tokens_per_s=tokens / t, flops_per_s=flops / t, peak_bytes=peak_memory(f, device),
+                    # the time that the FLOPs predict, from this row's time at full width; 1 means width is time saved
+                    vs_flops=t / seconds[kind, 1.0] / (flops / full[2]),
+                )  # fmt: skip
+                if kind != "dense" and ("dense", column) in seconds:
+                    result["vs_dense"] = t / seconds["dense", column]
+                results.append(result)
+                print_speed(result, first=(kind, column) == next(iter(cases)))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = dict(results=results, model=name, config=dataclasses.asdict(config), hardware=why, torch=torch.__version__, seed=o.seed)
+    (folder / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot_speed(results, folder / "speed.png")
+    print(f"wrote {folder}/speed.json and {folder}/speed.png")
+
+
+def print_speed(r, first):
+    if first:
+        print(f"\n{r['row']} ({r['mode']})\n{'':<16} {'ms':>9} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8} {'x FLOPs':>8} {'x dense':>8}")
+    label = f"{r['kind']} {r['width']:g}" + (" router" if r["column"] == "router" else "")
+    peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f}"
+    dense = f"{r['vs_dense']:.2f}" if "vs_dense" in r else ""
+    print(f"{label:<16} {r['seconds'] * 1e3:>9.2f} {r['tokens_per_s']:>10,.0f} {r['flops_per_s'] / 1e9:>8.0f} {peak:>8} "
+          f"{r['vs_flops']:>8.2f} {dense:>8}", flush=True)  # fmt: skip
+
+
+def plot_speed(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = ["layer forward and backward", "training step, recipe mose", "prefill", "decode, batch 1", "decode, batch 16"]
+    fig, axes = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.6), dpi=120)
+    for ax, row in zip(axes, rows):
+        mine = [r for r in results if r["row"] == row]
+        curves = {}
+        for r in mine:
+            if r["column"] == "uniform" and not (row.startswith("training") and r["width"] == 1):  # that is one pass, not two
+                curves.setdefault((r["kind"], r["mode"]), []).append(r)
+        for i, ((kind, mode), curve) in enumerate(curves.items()):
+            label = ("MoSE" if kind == "moe" else "dense, equal FLOPs") + (f", {mode}" if len({m for _, m in curves}) > 1 else "")
+            ax.plot([r["width"] for r in curve], [r["seconds"] * 1e3 for r in curve], marker=MARKERS[i], color=COLORS[i], label=label)
+        router = next(r for r in mine if r["column"] == "router" and r["kind"] == "moe")
+        ax.plot(router["width"], router["seconds"] * 1e3, marker="*", markersize=11, linestyle="", color=COLORS[4], label="router widths")
+        curve = curves["moe", mine[0]["mode"]]
+        ax.plot([r["width"] for r in curve], [r["seconds"] * 1e3 / r["vs_flops"] for r in curve], ":", color=COLORS[6], label="what FLOPs predict")
+        ax.set(title=row, xlabel="mean width of the experts", ylim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("milliseconds")
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+# -----------------------------------------------------------------------------
 
 
 def main():
@@ -198,11 +476,23 @@ def main():
     p.add_argument("--eval_tokens", type=int, default=131072, help="validation tokens; default 131072")
     p.add_argument("--batch_size", type=int, default=16, help="sequences at a time; default 16")
     p.add_argument("--seed", type=int, default=1337, help="of the calibration batches; default 1337")
+    p.set_defaults(run=frontier)
+    p = commands.add_parser("speed", description="time against width, for the layer, training, prefill and decoding")
+    p.add_argument("--preset", choices=PRESETS, default="demo", help="a model of this size with random weights; default demo")
+    p.add_argument("--checkpoint", help="a trained model instead")
+    p.add_argument("--compile", action="store_true", help="also with torch.compile")
+    p.add_argument("--batch_size", type=int, default=0, help="sequences in a training step; default 16 on a GPU, 2048 tokens on a CPU")
+    p.add_argument("--seconds", type=float, default=15.0, help="measuring time for each row; default 15")
+    p.add_argument("--seed", type=int, default=1337, help="of weights and tokens; default 1337")
+    p.set_defaults(run=speed)
     for p in commands.choices.values():
         p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first there is")
         p.add_argument("--dtype", default="auto", help="bfloat16 or float32; default: bfloat16 where it is faster")
     o = parser.parse_args()
-    frontier(o)
+    for name in ("eval_tokens", "batch_size", "seconds", "seed"):
+        if getattr(o, name, 0) < 0:
+            raise UsageError(f"--{name} must not be negative, not {getattr(o, name)}")
+    o.run(o)
 
 
 if __name__ == "__main__":

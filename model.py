@@ -145,7 +145,28 @@ def grouped_mm(a, b, ends):
     """
     if a.dtype == torch.float64 or a.device.type not in ("cpu", "cuda"):  # no kernel for these: one product per group
         return torch.cat([rows @ w for rows, w in zip(a.tensor_split(ends[:-1].tolist()), b)])
+    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
+        return opaque_grouped_mm(a, b, ends)
     return F.grouped_mm(a, b, offs=ends)
+
+
+# torch.compile traces F.grouped_mm in bfloat16 only. This is the same product as an operator that it need not look into.
+@torch.library.custom_op("mose::grouped_mm", mutates_args=())
+def opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@opaque_grouped_mm.register_fake
+def _(a, b, ends):  # two matrices: groups of columns of a times groups of rows of b, as the gradient of b needs
+    return a.new_empty((a.size(0), b.size(2)) if b.dim() == 3 else (ends.size(0), a.size(0), b.size(1)))
+
+
+def opaque_backward(ctx, grad):
+    a, b, ends = ctx.saved_tensors
+    return opaque_grouped_mm(grad, b.mT, ends), opaque_grouped_mm(a.mT, grad, ends), None
+
+
+opaque_grouped_mm.register_autograd(opaque_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def plan_chunks(level, n_level):
@@ -178,7 +199,7 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
     chunk: (N, k), the chunk of each slot, and sizes, the slots of each chunk, as plan_chunks returns; None for one chunk
     mlp(rows, ends, c, slot) -> (n, d): the experts, for chunk c. rows (n, d) are sorted by expert, expert e owns
         rows[ends[e-1]:ends[e]], and row i is slot[i], an index into expert.flatten().
-    Returns (N, d), and the number of slots of each expert (E,).
+    Returns (N, d).
     """
     N, k = expert.shape
     sizes = sizes or [N * k]
@@ -195,8 +216,7 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
     ys = torch.cat(ys) if len(ys) > 1 else ys[0]
     back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N * k, device=x.device))  # undoes the sort
     ys = ys.index_select(0, back).view(N, k, -1)
-    y = torch.bmm(weight.to(ys.dtype).unsqueeze(1), ys).squeeze(1)  # (N, 1, k) @ (N, k, d)
-    return y, torch.diff(ends.flatten(), prepend=ends.new_zeros(1)).view(-1, n_expert).sum(0)
+    return torch.bmm(weight.unsqueeze(1), ys).squeeze(1)  # (N, 1, k) @ (N, k, d)
 
 
 class SlimmableMoE(nn.Module):
@@ -221,6 +241,11 @@ class SlimmableMoE(nn.Module):
 
     def forward(self, x, width=1.0):
         """x (..., d) and a width or width policy -> y (..., d) and the weighted router losses, a scalar."""
+        return self.run(x, width if hasattr(width, "widths") else width_to_neurons(width, self.w_in.size(1)))
+
+    def run(self, x, neurons):
+        """The same for a number of neurons or a policy. An int, which torch.compile can make a variable of its graph;
+        with a float it would compile every width anew."""
         shape, H = x.shape, self.w_in.size(1)
         x = x.reshape(-1, shape[-1])  # (N, d)
         with torch.autocast(x.device.type, enabled=False):  # routing decisions are worth float32
@@ -229,22 +254,39 @@ class SlimmableMoE(nn.Module):
         top_p, expert = probs.topk(self.top_k)  # (N, k)
         weight = top_p / top_p.sum(-1, keepdim=True)
 
-        neurons, chunk, sizes, limit, mask = [H], None, None, None, None  # neurons of each chunk
-        if not hasattr(width, "widths"):  # one width for all
-            neurons = [width_to_neurons(width, H)]
-        else:
-            widths = width.widths(top_p.detach())
+        level = mask = None
+        if not isinstance(neurons, int):
+            widths = neurons.widths(top_p.detach())
             if widths.requires_grad:  # gamma is being learned: all neurons run, and count more or less
-                mask = self.soft_mask(widths)  # (S, H)
+                neurons, mask = self.w_in.size(1), self.soft_mask(widths)
             else:
-                level = (widths * GRID).round().long()
-                chunk, sizes, levels = plan_chunks(level, GRID + 1)
-                neurons = [self.level_neurons[l] for l in levels]
-                limit = torch.tensor(self.level_neurons, device=x.device)[level].view(-1, 1)  # (S, 1) neurons
+                level = (widths * GRID).round().long()  # (N, k)
 
-        # grouped_mm is unknown to autocast, so cast here: once, and only the neurons that can run
+        # grouped_mm is unknown to autocast: cast here
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        w_in, w_out = (w[:, : neurons[-1]].to(dtype) for w in (self.w_in, self.w_out))
+        decoding = expert.numel() <= 32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        experts = self.run_slots if decoding and x.device.type == "cpu" else self.run_chunks
+        y = experts(x.to(dtype), expert, weight.to(dtype), neurons, level, mask)
+
+        load = torch.zeros_like(self.load).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
+        self.load += load
+        # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
+        balance = probs.size(1) * (load / expert.numel() * probs.mean(0)).sum()
+        z = router_logits.logsumexp(-1).square().mean()
+        return y.view(shape), self.balance_coef * balance + self.z_coef * z
+
+    def run_chunks(self, x, expert, weight, neurons, level, mask):
+        """The experts' weighted outputs (N, d), at one number of neurons or at the width levels (N, k) of the slots."""
+        chunk = sizes = limit = None
+        if level is None:
+            neurons = [neurons]  # of every chunk: there is one
+            self.neurons_used += expert.numel() * neurons[0]
+        else:
+            chunk, sizes, levels = plan_chunks(level, GRID + 1)
+            neurons = [self.level_neurons[l] for l in levels]
+            limit = torch.tensor(self.level_neurons, device=x.device)[level].view(-1, 1)  # (S, 1) neurons
+            self.neurons_used += limit.sum()
+        w_in, w_out = (w[:, : neurons[-1]].to(x.dtype) for w in (self.w_in, self.w_out))  # the last chunk is the widest
 
         def mlp(rows, ends, c, slot):
             h = neurons[c]
@@ -259,14 +301,21 @@ class SlimmableMoE(nn.Module):
                 a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
             return grouped_mm(a, w_out[:, :h], ends)
 
-        y, load = dispatch(x.to(dtype), expert, weight, probs.size(1), mlp, chunk, sizes)
-        self.load += load
-        self.neurons_used += expert.numel() * neurons[0] if limit is None else limit.sum()
+        return dispatch(x, expert, weight, self.w_in.size(0), mlp, chunk, sizes)
 
-        # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
-        balance = probs.size(1) * (load / expert.numel() * probs.mean(0)).sum()
-        z = router_logits.logsumexp(-1).square().mean()
-        return y.view(shape), self.balance_coef * balance + self.z_coef * z
+    def run_slots(self, x, expert, weight, neurons, level, mask):
+        """The same for the few slots of decoding on a CPU, one by one: sorting them would take longer than they do."""
+        slots = expert.flatten().tolist()
+        limits = [neurons] * len(slots) if level is None else [self.level_neurons[l] for l in level.flatten().tolist()]
+        ys = torch.zeros(len(slots), x.size(1), dtype=x.dtype)
+        for i, (e, h) in enumerate(zip(slots, limits)):
+            if h:
+                n = i // self.top_k
+                a = F.gelu(F.linear(x[n : n + 1], self.w_in[e, :h].to(x.dtype)))
+                torch.mm(a, self.w_out[e, :h].to(x.dtype), out=ys[i : i + 1])
+        self.neurons_used += sum(limits)
+        self.neurons_run += sum(limits)
+        return torch.bmm(weight.unsqueeze(1), ys.view(*expert.shape, -1)).squeeze(1)
 
     def soft_mask(self, widths):
         """Continuous widths (N, k) -> what each neuron of each slot counts, (S, H), for learning widths by gradient.
@@ -345,10 +394,10 @@ class Block(nn.Module):
         self.mlp = SlimmableMoE(config) if self.moe else MLP(config.n_embd, config.dense_hidden(layer))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, width=1.0, cache=None):
+    def forward(self, x, neurons, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         h = self.ln_2(x)
-        y, aux = self.mlp(h, width) if self.moe else (self.mlp(h), 0.0)
+        y, aux = self.mlp.run(h, neurons) if self.moe else (self.mlp(h), 0.0)
         return x + self.dropout(y), aux
 
 
@@ -388,18 +437,22 @@ class GPT(nn.Module):
             raise UsageError(f"{start + T} tokens do not fit: the context (block_size) is 1 to {self.config.block_size} tokens")
         if cache is not None and targets is not None:
             raise UsageError("a cache is for generation, which has no targets: give one or the other")
-        if not hasattr(width, "widths"):
-            check_width(width)
         if self.config.n_expert == 1 and width != 1:
             raise UsageError(f"a dense model (n_expert=1) has no experts to slim: width must be 1, not {width}")
-        pos = torch.arange(start, start + T, device=idx.device)
+        neurons = width if hasattr(width, "widths") else width_to_neurons(width, self.config.expert_hidden)
+        return self.body(idx, targets, neurons, cache)
+
+    def body(self, idx, targets, neurons, cache):
+        """`forward` after its checks: what `train.py --compile` compiles."""
+        start = cache.length if cache is not None else 0
+        pos = torch.arange(start, start + idx.size(1), device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, d)
         aux = torch.zeros((), device=idx.device)
         for block in self.transformer.h:
-            x, block_aux = block(x, width, cache)
+            x, block_aux = block(x, neurons, cache)
             aux = aux + block_aux
         if cache is not None:
-            cache.length += T
+            cache.length += idx.size(1)
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = None

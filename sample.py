@@ -17,7 +17,7 @@ import torch
 
 from model import RouterWidth, UsageError, check_width
 from prepare import Parser, get_tokenizer, run
-from train import choose_device, load_model
+from train import choose_device, load_model, to_inference
 
 
 def parse_options(argv=None):
@@ -77,8 +77,8 @@ def main():
     widths = chosen_widths(o)
     prompt = read_prompt(o.prompt)
     model, checkpoint = load_model(o.checkpoint)
-    device = choose_device(o.device, "float32", model.config.n_embd)[0]
-    model.to(device)
+    device, dtype, _ = choose_device(o.device, "auto", model.config.n_embd)
+    to_inference(model, device, dtype)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if any(width != 1 for _, width in widths) and model.config.n_expert == 1:
         raise UsageError(f"{o.checkpoint} is a dense model, without experts to slim: leave out --width, --budget and --compare")

@@ -150,6 +150,20 @@ class TestLayer:
         y, _ = layer(x, width)
         assert y.shape == x.shape and relative_error(y, reference_moe(layer, x, width)) < 1e-4
 
+    @pytest.mark.parametrize("width", WIDTHS + [RouterWidth(0.5, 1.0), RouterWidth(0.25, 5.0)])
+    @pytest.mark.parametrize("shape", SHAPES[:3])
+    def test_it_is_the_slow_formula_when_decoding_too(self, shape, width):
+        n, *sizes = shape
+        layer = make_layer(*sizes)
+        x = torch.randn(min(n, 4), sizes[0])
+        with torch.no_grad():
+            y, aux = layer(x, width)
+        used, run, load = layer.neurons_used.clone(), layer.neurons_run.clone(), layer.load.clone()
+        other, other_aux = layer(x, width)  # with gradients it takes the other path
+        assert relative_error(y, reference_moe(layer, x, width)) < 1e-4 and relative_error(y, other) < 1e-5
+        assert aux == other_aux and used == layer.neurons_used - used and run <= layer.neurons_run - run
+        assert torch.equal(load, layer.load - load)
+
     @pytest.mark.parametrize("width", [1.0, 0.4, RouterWidth(0.5, 2.0)])
     @pytest.mark.parametrize("shape", SHAPES)
     def test_its_gradients_are_those_of_the_slow_formula(self, shape, width):
@@ -395,6 +409,26 @@ class TestGPT:
         mean_width, width_run, _ = model.read_stats()  # neurons that ran and were discarded count as run, not as width
         assert mean_width == pytest.approx(0.5, abs=0.025) and mean_width <= width_run < mean_width + 0.05
         assert model.read_stats()[0] == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_compiled_it_is_the_same_and_every_width_shares_two_graphs(self, dtype):
+        torch._dynamo.reset()
+        model, idx = GPT(config(n_layer=1)), torch.randint(0, 64, (2, 32))
+
+        def gradients(width):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                _, loss, aux = model(idx, idx, width)
+            (loss + aux).backward()
+            return [loss.detach(), *(p.grad for p in model.parameters())]
+
+        widths = [1.0, 0.5] + [level / 20 for level in range(2, 20, 3)]
+        eager, body, graphs = [gradients(w) for w in widths], model.body, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        model.body = torch.compile(body, fullgraph=True)  # no graph breaks
+        for width, expected in zip(widths, eager):
+            for a, b in zip(gradients(width), expected):
+                assert relative_error(a, b) < (1e-5 if dtype == torch.float32 else 0.1)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2  # the first width, then any width
 
     @pytest.mark.parametrize("bad", [
         dict(top_k=5), dict(expert_hidden=12), dict(n_embd=33), dict(n_embd=36, n_head=2), dict(n_layer=0), dict(dropout=1.0),

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, UsageError
+from model import GPT, GRID, GPTConfig, UsageError
 from prepare import MAGIC, VERSION, Parser, get_tokenizer, run
 
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-TRAIN_WIDTHS = [level / 20 for level in range(2, 20)]  # 0.1 to 0.95, the widths that recipe mose draws from
+TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
 
 # -----------------------------------------------------------------------------
 # Options
@@ -138,6 +138,13 @@ def check_options(o):
         )
     if o.eval_tokens < o.block_size:
         raise UsageError(f"--eval_tokens {o.eval_tokens} must be at least one sequence, block_size = {o.block_size}")
+
+
+def make_config(o, vocab_size):
+    """The model that the options describe, for data with this many token ids."""
+    shared = {f.name: getattr(o, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(o, f.name)}
+    shared["expert_hidden"] = o.expert_hidden or None
+    return GPTConfig(vocab_size=-(-vocab_size // 64) * 64, **shared)  # padded: matrix units like multiples
 
 
 def choose_device(device, dtype, n_embd):
@@ -281,6 +288,15 @@ def load_model(path):
     return model.eval(), checkpoint
 
 
+def to_inference(model, device, dtype):
+    """Ready to generate: all weights in dtype, so that none is cast for every token; the routers stay float32."""
+    model.eval().to(device, dtype)
+    for block in model.transformer.h:
+        if block.moe:
+            block.mlp.router.float()
+    return model
+
+
 # -----------------------------------------------------------------------------
 # Training
 
@@ -333,11 +349,7 @@ def train(preset, o, given):
     check_options(o)
     device, dtype, why = choose_device(o.device, o.dtype, o.n_embd)
     train_data, val_data, tokenizer, vocab_size = open_dataset(o.dataset, o.block_size)
-    config = GPTConfig(
-        vocab_size=-(-vocab_size // 64) * 64,  # padded: matrix units like multiples
-        expert_hidden=o.expert_hidden or None,
-        **{f.name: getattr(o, f.name) for f in dataclasses.fields(GPTConfig) if f.name not in ("vocab_size", "expert_hidden")},
-    )
+    config = make_config(o, vocab_size)
     if checkpoint and (checkpoint["config"] != dataclasses.asdict(config) or checkpoint["tokenizer"] != tokenizer):
         raise UsageError(f"the data in {o.dataset} is not what the run in {out} was trained on (tokenizer {checkpoint['tokenizer']})")
     out.mkdir(parents=True, exist_ok=True)
@@ -353,7 +365,8 @@ def train(preset, o, given):
         start, best = checkpoint["step"], checkpoint["best"]
         log_lines = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
         (out / "log.jsonl").write_text("".join(log_lines))
-    run_model = torch.compile(model) if o.compile else model
+    if o.compile:
+        model.body = torch.compile(model.body)
     val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
     eval_widths = EVAL_WIDTHS if o.n_expert > 1 else (1.0,)
     accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
@@ -430,7 +443,7 @@ def train(preset, o, given):
             torch.manual_seed(rng.integers(2**62))  # dropout
             for width in widths:
                 with autocast(device, dtype):
-                    _, loss, aux = run_model(idx, targets, width)
+                    _, loss, aux = model(idx, targets, width)
                 ((loss + aux) / (accumulate * len(widths))).backward()
                 losses.append((width == 1, loss.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
