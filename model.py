@@ -135,7 +135,7 @@ class GPTConfig:
 # Slots are sorted, then processed in chunks, each at one width: one pair of grouped matrix products over all experts.
 # With one width for all there is one chunk. With a width per slot, chunks collect the slots of similar width.
 
-MAX_CHUNKS = 8
+MAX_CHUNKS = 6
 
 
 def grouped_mm(a, b, ends):
