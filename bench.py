@@ -30,12 +30,13 @@ from tqdm import tqdm
 from model import GPT, MLP, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, width_to_neurons
 from prepare import Parser, run
 from train import (
-    PRESETS, TrainConfig, autocast, choose_device, load_checkpoint, load_model, make_config, make_optimizer, open_dataset,
-    sequence_losses, to_inference,
+    PRESETS, TrainConfig, autocast, choose_device, load_checkpoint, load_model, make_config, make_optimizer,
+    open_dataset, sequence_losses, to_inference,
 )  # fmt: skip
 
 BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25)
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: told apart by all
+# Okabe and Ito: told apart by everybody
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vP*"
 
 # -----------------------------------------------------------------------------
@@ -125,8 +126,11 @@ def print_frontier(points):
         gamma = "" if p["gamma"] is None else f"{p['gamma']:.2f}"
         versus = f"{p['minus_uniform']:+.4f} ± {p['minus_uniform_se']:.4f}" if "minus_uniform" in p else ""
         quality = p.get("bits_per_byte", p.get("perplexity"))
-        print(f"{p['policy']:<14} {p['budget']:>6g} {gamma:>6} {p['mean_width']:>6.3f} {p['loss']:>7.4f} {quality:>10.3f}  {versus:>17} "
-              f"{p['flops_total'] / 1e6:>12.3f} {p['flops_expert'] / 1e6:>8.3f} {p['tokens_per_s']:>9,.0f}")  # fmt: skip
+        print(
+            f"{p['policy']:<14} {p['budget']:>6g} {gamma:>6} {p['mean_width']:>6.3f} {p['loss']:>7.4f} "
+            f"{quality:>10.3f}  {versus:>17} {p['flops_total'] / 1e6:>12.3f} {p['flops_expert'] / 1e6:>8.3f} "
+            f"{p['tokens_per_s']:>9,.0f}"
+        )
 
 
 def plot_frontier(points, path):
@@ -150,8 +154,9 @@ def plot_frontier(points, path):
     for i, ((checkpoint, policy), curve) in enumerate(curves.items()):
         several = len({c for c, _ in curves}) > 1
         label = f"{Path(checkpoint).parent.name}: {policy}" if several else policy
-        ax.plot([p["flops_total"] / 1e6 for p in curve], [p["bits_per_byte" if byte else "loss"] for p in curve],
-                marker=MARKERS[i % 7], color=COLORS[i % 7], linestyle="--" if curve[0]["recipe"] == "moe" else "-", label=label)  # fmt: skip
+        x, y = [p["flops_total"] / 1e6 for p in curve], [p["bits_per_byte" if byte else "loss"] for p in curve]
+        line = "--" if curve[0]["recipe"] == "moe" else "-"
+        ax.plot(x, y, marker=MARKERS[i % 7], color=COLORS[i % 7], linestyle=line, label=label)
     slim = [p["bits_per_byte" if byte else "loss"] for p in points if p["recipe"] != "moe" or p["mean_width"] == 1]
     low, high = min(slim), max(slim)
     if high > low:  # a model cut to a width it was not trained for goes off the scale; the table has it
@@ -171,16 +176,26 @@ def frontier(o):
     first = loaded[0][2]
     device, dtype, why = choose_device(o.device, o.dtype, first["config"]["n_embd"])
     for path, _, checkpoint in loaded[1:]:
-        if (checkpoint["tokenizer"], checkpoint["config"]["block_size"]) != (first["tokenizer"], first["config"]["block_size"]):
-            raise UsageError(f"{path} and {o.checkpoints[0]} differ in tokenizer or context: their losses cannot be compared")
+        if (checkpoint["tokenizer"], checkpoint["config"]["block_size"]) != (
+            first["tokenizer"],
+            first["config"]["block_size"],
+        ):
+            raise UsageError(
+                f"{path} and {o.checkpoints[0]} differ in tokenizer or context: their losses cannot be compared"
+            )
     dataset, block_size = o.dataset or first["options"]["dataset"], first["config"]["block_size"]
     train, val, tokenizer, _ = open_dataset(dataset, block_size)
     if tokenizer != first["tokenizer"]:
-        raise UsageError(f"{dataset} has {tokenizer} tokens, the checkpoint was trained on {first['tokenizer']}: choose another --dataset")
+        raise UsageError(
+            f"{dataset} has {tokenizer} tokens, the checkpoint knows {first['tokenizer']}: choose another --dataset"
+        )
     val_batches = val.fixed_batches(o.eval_tokens, o.batch_size)
     # the paper's 50 batches of 6 sequences, from the training split and never trained on in this order
     calibration = [train.random_batch(o.seed, 10**9 + i, 0, 6) for i in range(50)]
-    print(f"{why}; torch {torch.__version__}; {sum(len(i) for i, _ in val_batches)} validation sequences of {block_size} tokens from {dataset}")
+    print(
+        f"{why}; torch {torch.__version__}; {sum(len(idx) for idx, _ in val_batches)} validation sequences of "
+        f"{block_size} tokens from {dataset}"
+    )
 
     points = []
     for path, model, checkpoint in loaded:
@@ -244,7 +259,7 @@ def time_in_turns(cases, device, seconds):
         run_case()
         run_case()
     times, deadline = {name: [] for name in cases}, time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times[name]) < 3:
+    while time.perf_counter() < deadline or min(map(len, times.values())) < 3:
         for name, run_case in cases.items():
             synchronize(device)
             started = time.perf_counter()
@@ -373,10 +388,20 @@ def inference_cases(config, state, device, dtype, batch, compile, seen, new):
 def speed(o):
     if o.checkpoint:
         checkpoint = load_checkpoint(o.checkpoint)
-        config, state, folder, name = GPTConfig(**checkpoint["config"]), checkpoint["model"], Path(o.checkpoint).parent, o.checkpoint
+        config, state, folder, name = (
+            GPTConfig(**checkpoint["config"]),
+            checkpoint["model"],
+            Path(o.checkpoint).parent,
+            o.checkpoint,
+        )
     else:
         options = TrainConfig(**PRESETS[o.preset])
-        config, state, folder, name = make_config(options, 50257 if o.preset != "demo" else 257), None, Path(f"out/{o.preset}"), o.preset
+        config, state, folder, name = (
+            make_config(options, 50257 if o.preset != "demo" else 257),
+            None,
+            Path(f"out/{o.preset}"),
+            o.preset,
+        )
     if config.n_expert == 1:
         raise UsageError(f"{name} is a dense model: there is no width to measure")
     device, dtype, why = choose_device(o.device, o.dtype, config.n_embd)
@@ -395,8 +420,12 @@ def speed(o):
             "prefill": lambda: inference_cases(config, state, device, dtype, 1, compiled, 0, T),
             "decode, batch 1": lambda: inference_cases(config, state, device, dtype, 1, compiled, T // 2, 1),
             "decode, batch 16": lambda: inference_cases(config, state, device, dtype, 16, compiled, T // 2, 1),
-            "decode, batch 1, context a tenth full": lambda: inference_cases(config, state, device, dtype, 1, compiled, T // 10, 1),
-            "decode, batch 1, context nine tenths full": lambda: inference_cases(config, state, device, dtype, 1, compiled, T * 9 // 10, 1),
+            "decode, batch 1, context a tenth full": lambda: inference_cases(
+                config, state, device, dtype, 1, compiled, T // 10, 1
+            ),
+            "decode, batch 1, context nine tenths full": lambda: inference_cases(
+                config, state, device, dtype, 1, compiled, T * 9 // 10, 1
+            ),
         }
         for row, make_cases in rows.items():
             if compiled and row.startswith("layer"):
@@ -408,7 +437,8 @@ def speed(o):
                 t = seconds[kind, column]
                 full = cases[kind, 1.0]
                 result = dict(
-                    row=row, mode=mode, kind=kind, column="uniform" if isinstance(column, float) else "router", width=mean_width(column),
+                    row=row, mode=mode, kind=kind, column="uniform" if isinstance(column, float) else "router",
+                    width=mean_width(column),
                     seconds=t, tokens_per_s=tokens / t, flops_per_s=flops / t, peak_bytes=peak_memory(f, device),
                     # the time that the FLOPs predict, from this row's time at full width; 1 means width is time saved
                     vs_flops=t / seconds[kind, 1.0] / (flops / full[2]),
@@ -418,7 +448,14 @@ def speed(o):
                 results.append(result)
                 print_speed(result, first=(kind, column) == next(iter(cases)))
     folder.mkdir(parents=True, exist_ok=True)
-    report = dict(results=results, model=name, config=dataclasses.asdict(config), hardware=why, torch=torch.__version__, seed=o.seed)
+    report = dict(
+        results=results,
+        model=name,
+        config=dataclasses.asdict(config),
+        hardware=why,
+        torch=torch.__version__,
+        seed=o.seed,
+    )
     (folder / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_speed(results, folder / "speed.png")
     print(f"wrote {folder}/speed.json and {folder}/speed.png")
@@ -426,12 +463,18 @@ def speed(o):
 
 def print_speed(r, first):
     if first:
-        print(f"\n{r['row']} ({r['mode']})\n{'':<16} {'ms':>9} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8} {'x FLOPs':>8} {'x dense':>8}")
+        print(
+            f"\n{r['row']} ({r['mode']})\n{'':<16} {'ms':>9} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8} "
+            f"{'x FLOPs':>8} {'x dense':>8}"
+        )
     label = f"{r['kind']} {r['width']:g}" + (" router" if r["column"] == "router" else "")
     peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f}"
     dense = f"{r['vs_dense']:.2f}" if "vs_dense" in r else ""
-    print(f"{label:<16} {r['seconds'] * 1e3:>9.2f} {r['tokens_per_s']:>10,.0f} {r['flops_per_s'] / 1e9:>8.0f} {peak:>8} "
-          f"{r['vs_flops']:>8.2f} {dense:>8}", flush=True)  # fmt: skip
+    print(
+        f"{label:<16} {r['seconds'] * 1e3:>9.2f} {r['tokens_per_s']:>10,.0f} {r['flops_per_s'] / 1e9:>8.0f} "
+        f"{peak:>8} {r['vs_flops']:>8.2f} {dense:>8}",
+        flush=True,
+    )
 
 
 def plot_speed(results, path):
@@ -440,22 +483,52 @@ def plot_speed(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = ["layer forward and backward", "training step, recipe mose", "prefill", "decode, batch 1", "decode, batch 16"]
+    rows = [
+        "layer forward and backward",
+        "training step, recipe mose",
+        "prefill",
+        "decode, batch 1",
+        "decode, batch 16",
+    ]
     fig, axes = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.6), dpi=120)
     for ax, row in zip(axes, rows):
         mine = [r for r in results if r["row"] == row]
         curves = {}
         for r in mine:
-            if r["column"] == "uniform" and not (row.startswith("training") and r["width"] == 1):  # that is one pass, not two
+            if r["column"] == "uniform" and not (
+                row.startswith("training") and r["width"] == 1
+            ):  # that is one pass, not two
                 curves.setdefault((r["kind"], r["mode"]), []).append(r)
         for i, ((kind, mode), curve) in enumerate(curves.items()):
-            label = ("MoSE" if kind == "moe" else "dense, equal FLOPs") + (f", {mode}" if len({m for _, m in curves}) > 1 else "")
-            ax.plot([r["width"] for r in curve], [r["seconds"] * 1e3 for r in curve], marker=MARKERS[i], color=COLORS[i], label=label)
+            label = ("MoSE" if kind == "moe" else "dense, equal FLOPs") + (
+                f", {mode}" if len({m for _, m in curves}) > 1 else ""
+            )
+            ax.plot(
+                [r["width"] for r in curve],
+                [r["seconds"] * 1e3 for r in curve],
+                marker=MARKERS[i],
+                color=COLORS[i],
+                label=label,
+            )
         router = next(r for r in mine if r["column"] == "router" and r["kind"] == "moe")
-        ax.plot(router["width"], router["seconds"] * 1e3, marker="*", markersize=11, linestyle="", color=COLORS[4], label="router widths")
+        ax.plot(
+            router["width"],
+            router["seconds"] * 1e3,
+            marker="*",
+            markersize=11,
+            linestyle="",
+            color=COLORS[4],
+            label="router widths",
+        )
         curve = curves["moe", mine[0]["mode"]]
-        ax.plot([r["width"] for r in curve], [r["seconds"] * 1e3 / r["vs_flops"] for r in curve], ":", color=COLORS[6], label="what FLOPs predict")
-        ax.set(title=row, xlabel="mean width of the experts", ylim=(0, None))
+        ax.plot(
+            [r["width"] for r in curve],
+            [r["seconds"] * 1e3 / r["vs_flops"] for r in curve],
+            ":",
+            color=COLORS[6],
+            label="what FLOPs predict",
+        )
+        ax.set(title=row, xlabel="mean width of the experts", ylim=(0, 1.1 * max(r["seconds"] for r in mine) * 1e3))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
     axes[0].legend(fontsize=8)
@@ -478,10 +551,17 @@ def main():
     p.add_argument("--seed", type=int, default=1337, help="of the calibration batches; default 1337")
     p.set_defaults(run=frontier)
     p = commands.add_parser("speed", description="time against width, for the layer, training, prefill and decoding")
-    p.add_argument("--preset", choices=PRESETS, default="demo", help="a model of this size with random weights; default demo")
+    p.add_argument(
+        "--preset", choices=PRESETS, default="demo", help="a model of this size with random weights; default demo"
+    )
     p.add_argument("--checkpoint", help="a trained model instead")
     p.add_argument("--compile", action="store_true", help="also with torch.compile")
-    p.add_argument("--batch_size", type=int, default=0, help="sequences in a training step; default 16 on a GPU, 2048 tokens on a CPU")
+    p.add_argument(
+        "--batch_size",
+        type=int,
+        default=0,
+        help="sequences in a training step; default 16 on a GPU, 2048 tokens on a CPU",
+    )
     p.add_argument("--seconds", type=float, default=15.0, help="measuring time for each row; default 15")
     p.add_argument("--seed", type=int, default=1337, help="of weights and tokens; default 1337")
     p.set_defaults(run=speed)

@@ -150,7 +150,7 @@ def grouped_mm(a, b, ends):
     return F.grouped_mm(a, b, offs=ends)
 
 
-# torch.compile traces F.grouped_mm in bfloat16 only. This is the same product as an operator that it need not look into.
+# torch.compile traces F.grouped_mm in bfloat16 only. This is the same product, but it need not look inside.
 @torch.library.custom_op("mose::grouped_mm", mutates_args=())
 def opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return F.grouped_mm(a, b, offs=ends)
@@ -166,7 +166,11 @@ def opaque_backward(ctx, grad):
     return opaque_grouped_mm(grad, b.mT, ends), opaque_grouped_mm(a.mT, grad, ends), None
 
 
-opaque_grouped_mm.register_autograd(opaque_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+opaque_grouped_mm.register_autograd(opaque_backward, setup_context=keep_inputs)
 
 
 def plan_chunks(level, n_level):
@@ -196,7 +200,7 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
 
     x: (N, d) tokens
     expert, weight: (N, k), the experts of each token and what their outputs count
-    chunk: (N, k), the chunk of each slot, and sizes, the slots of each chunk, as plan_chunks returns; None for one chunk
+    chunk, sizes: the chunk of each slot (N, k) and the slots of each chunk, as plan_chunks returns; None for one chunk
     mlp(rows, ends, c, slot) -> (n, d): the experts, for chunk c. rows (n, d) are sorted by expert, expert e owns
         rows[ends[e-1]:ends[e]], and row i is slot[i], an index into expert.flatten().
     Returns (N, d).
@@ -246,7 +250,7 @@ class SlimmableMoE(nn.Module):
     def run(self, x, neurons):
         """The same for a number of neurons or a policy. An int, which torch.compile can make a variable of its graph;
         with a float it would compile every width anew."""
-        shape, H = x.shape, self.w_in.size(1)
+        shape = x.shape
         x = x.reshape(-1, shape[-1])  # (N, d)
         with torch.autocast(x.device.type, enabled=False):  # routing decisions are worth float32
             router_logits = F.linear(x.float(), self.router.weight.float())
@@ -296,8 +300,8 @@ class SlimmableMoE(nn.Module):
             a = F.gelu(grouped_mm(rows, w_in[:, :h].mT, ends))
             if mask is not None:
                 a = a * mask[slot].to(a.dtype)
-            if limit is not None:  # all slots here are wider than the chunk before, so only the last neurons can be too many
-                sure = neurons[c - 1]
+            if limit is not None:
+                sure = neurons[c - 1]  # every slot here is wider than this: only the neurons after it can be too many
                 a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
             return grouped_mm(a, w_out[:, :h], ends)
 
@@ -362,7 +366,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, d = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, d/n_head)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -434,7 +439,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if T == 0 or start + T > self.config.block_size:
-            raise UsageError(f"{start + T} tokens do not fit: the context (block_size) is 1 to {self.config.block_size} tokens")
+            raise UsageError(f"{start + T} tokens do not fit the context: block_size is {self.config.block_size}")
         if cache is not None and targets is not None:
             raise UsageError("a cache is for generation, which has no targets: give one or the other")
         if self.config.n_expert == 1 and width != 1:

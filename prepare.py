@@ -160,7 +160,9 @@ def read_openwebtext():
         disks.setdefault(path.stat().st_dev, [0, path])[0] += need
     for need, path in disks.values():
         if (free := shutil.disk_usage(path).free) < need:
-            raise UsageError(f"{need / gb:.0f} GB are needed but {free / gb:.0f} GB are free on the disk of {path.absolute()}")
+            raise UsageError(
+                f"{need / gb:.0f} GB are needed but {free / gb:.0f} GB are free on the disk of {path.absolute()}"
+            )
     hub = "Skylion007/openwebtext"
     try:
         table = datasets.load_dataset(hub, split="train")
@@ -205,7 +207,7 @@ class ShardWriter:
 
 
 def split_tail(text, ends):
-    """For few documents: (text, ends, is_val) of the first nine tenths, and of the rest, cut at a line end if there is one."""
+    """For few documents: (text, ends, is_val) of the first nine tenths and the rest, cut at a line end if possible."""
     at = len(text) * (VAL_EVERY - 1) // VAL_EVERY
     at = text.find("\n", at) + 1 or at
     return [(text[:at], False, False), (text[at:], ends, True)]
@@ -246,7 +248,11 @@ def write_dataset(name, texts, tokenizer_name, source, root=Path("data")):
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
-    train, val, eot = ShardWriter(partial, "train"), ShardWriter(partial, "val"), np.array([tokenizer.eot_token], np.uint16)
+    train, val, eot = (
+        ShardWriter(partial, "train"),
+        ShardWriter(partial, "val"),
+        np.array([tokenizer.eot_token], np.uint16),
+    )
     documents = 0
     try:
         with tqdm(unit=" tokens", unit_scale=True, desc=name, disable=None) as progress:
@@ -263,8 +269,10 @@ def write_dataset(name, texts, tokenizer_name, source, root=Path("data")):
         val.close()
         if not train.total or not val.total:
             raise UsageError(f"too little text in {source}: {train.total} training and {val.total} validation tokens")
-        meta = dict(tokenizer=tokenizer_name, vocab_size=tokenizer.n_vocab, train_tokens=train.total, val_tokens=val.total,
-                    documents=documents, source=source)  # fmt: skip
+        meta = dict(
+            tokenizer=tokenizer_name, vocab_size=tokenizer.n_vocab, train_tokens=train.total, val_tokens=val.total,
+            documents=documents, source=source,
+        )  # fmt: skip
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         if final.exists():
             final.rename(old)
@@ -272,7 +280,10 @@ def write_dataset(name, texts, tokenizer_name, source, root=Path("data")):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    print(f"{final}: {train.total:,} training and {val.total:,} validation tokens ({tokenizer_name}) of {documents:,} documents")
+    print(
+        f"{final}: {train.total:,} training and {val.total:,} validation tokens ({tokenizer_name}), "
+        f"{documents:,} text{'s' if documents != 1 else ''}"
+    )
 
 
 # -----------------------------------------------------------------------------

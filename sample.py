@@ -10,7 +10,6 @@ Sample text from a checkpoint, at any width of its experts.
 
 import codecs
 import math
-import sys
 import time
 
 import torch
@@ -24,14 +23,20 @@ def parse_options(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", default="out/demo/ckpt.pt", help="default %(default)s")
     parser.add_argument("--width", type=float, help="width of every expert, in (0, 1]; default 1")
-    parser.add_argument("--budget", type=float, help="mean width, in (0, 1], split by the router's confidence token by token")
-    parser.add_argument("--gamma", type=float, default=1.0, help="how much confidence counts under --budget; 0: not at all; default 1")
+    parser.add_argument(
+        "--budget", type=float, help="mean width, in (0, 1], split by the router's confidence token by token"
+    )
+    parser.add_argument(
+        "--gamma", type=float, default=1.0, help="how much confidence counts under --budget; 0: not at all; default 1"
+    )
     parser.add_argument("--compare", help="widths to show one after another, for example 1.0,0.5,0.25")
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; default: the beginning of a text")
     parser.add_argument("--num_samples", type=int, default=1, help="default 1")
     parser.add_argument("--num_tokens", type=int, default=500, help="tokens to generate; default 500")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; default 0.8")
-    parser.add_argument("--top_k", type=int, default=200, help="sample from the likeliest top_k tokens only; default 200")
+    parser.add_argument(
+        "--top_k", type=int, default=200, help="sample from the likeliest top_k tokens only; default 200"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text; default 1337")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first there is")
     o = parser.parse_args(argv)
@@ -51,7 +56,9 @@ def chosen_widths(o):
         try:
             widths = [float(w) for w in o.compare.split(",")]
         except ValueError:
-            raise UsageError(f"--compare must be widths with commas between, like 1.0,0.5,0.25, not {o.compare!r}") from None
+            raise UsageError(
+                f"--compare must be widths with commas between, like 1.0,0.5,0.25, not {o.compare!r}"
+            ) from None
         for width in widths:
             check_width(width, "every width of --compare")
         return [(f"width {w:g}", w) for w in widths]
@@ -81,11 +88,15 @@ def main():
     to_inference(model, device, dtype)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if any(width != 1 for _, width in widths) and model.config.n_expert == 1:
-        raise UsageError(f"{o.checkpoint} is a dense model, without experts to slim: leave out --width, --budget and --compare")
+        raise UsageError(
+            f"{o.checkpoint} is a dense model, without experts to slim: leave out --width, --budget and --compare"
+        )
     # a prompt continues a text that has just begun; end-of-text is what separates texts in training
     ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
     if len(ids) > model.config.block_size:
-        raise UsageError(f"the prompt has {len(ids) - 1} tokens, the model's context is {model.config.block_size}: shorten it")
+        raise UsageError(
+            f"the prompt has {len(ids) - 1} tokens, the model's context is {model.config.block_size}: shorten it"
+        )
     idx = torch.tensor([ids], device=device)
 
     for sample in range(o.num_samples):

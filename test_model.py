@@ -332,7 +332,11 @@ class NanoGPT(nn.Module):
 
 class TestGPT:
     def test_parameter_counts_are_the_papers(self):
-        for millions, sizes in ((55.1, dict()), (322.6, dict(n_layer=12, n_head=12, n_embd=768)), (1059.3, dict(n_layer=24, n_head=16, n_embd=1024))):
+        for millions, sizes in (
+            (55.1, dict()),
+            (322.6, dict(n_layer=12, n_head=12, n_embd=768)),
+            (1059.3, dict(n_layer=24, n_head=16, n_embd=1024)),
+        ):
             with torch.device("meta"):
                 total, active = GPT(GPTConfig(**sizes)).num_params()
             assert round(total / 1e6, 1) == millions
@@ -349,7 +353,9 @@ class TestGPT:
         assert relative_error(ours(idx)[0], theirs(idx)) < 1e-5
 
     def test_names_and_shapes_of_an_moe_block(self):
-        names = {n: tuple(p.shape) for n, p in GPT(config()).state_dict().items() if n.startswith("transformer.h.0.mlp")}
+        names = {
+            n: tuple(p.shape) for n, p in GPT(config()).state_dict().items() if n.startswith("transformer.h.0.mlp")
+        }
         assert names == {
             "transformer.h.0.mlp.router.weight": (4, 32), "transformer.h.0.mlp.w_in": (4, 64, 32),
             "transformer.h.0.mlp.w_out": (4, 64, 32),
@@ -376,9 +382,13 @@ class TestGPT:
         assert loss.item() == pytest.approx(-log_p.gather(-1, idx[..., None]).mean().item(), rel=1e-5)
         assert aux > 0 and model(idx)[1] is None
         ignored = torch.where(torch.arange(16) < 8, idx, -1)
-        assert model(idx, ignored)[1].item() == pytest.approx(-log_p[:, :8].gather(-1, idx[:, :8, None]).mean().item(), rel=1e-5)
+        assert model(idx, ignored)[1].item() == pytest.approx(
+            -log_p[:, :8].gather(-1, idx[:, :8, None]).mean().item(), rel=1e-5
+        )
 
-    @pytest.mark.parametrize("sizes", [dict(), dict(n_expert=1, top_k=1), dict(moe_every=1, top_k=3, n_expert=8, n_layer=3)])
+    @pytest.mark.parametrize(
+        "sizes", [dict(), dict(n_expert=1, top_k=1), dict(moe_every=1, top_k=3, n_expert=8, n_layer=3)]
+    )
     def test_flops_are_those_that_torch_counts(self, sizes):
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -393,11 +403,15 @@ class TestGPT:
             with counter, torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
                 model(idx, width=width)
             mean_width, width_run, _ = model.read_stats() if model.config.n_expert > 1 else (1.0, 1.0, None)
-            combine = 2 * model.config.top_k * 32 * sum(b.moe for b in model.transformer.h)  # weighting experts' outputs
+            combine = (
+                2 * model.config.top_k * 32 * sum(b.moe for b in model.transformer.h)
+            )  # weighting experts' outputs
             total, expert = model.flops_per_token(width_run, 32)
             assert counter.get_total_flops() / idx.numel() == pytest.approx(total + combine, rel=1e-3)
             nominal = width if isinstance(width, float) else width.budget
-            assert mean_width == pytest.approx(nominal, rel=1e-3) and expert == pytest.approx(nominal * model.flops_per_token(1.0, 32)[1])
+            assert mean_width == pytest.approx(nominal, rel=1e-3) and expert == pytest.approx(
+                nominal * model.flops_per_token(1.0, 32)[1]
+            )
 
     def test_measured_widths_and_loads_are_what_ran(self):
         model, idx = GPT(config()), torch.randint(0, 64, (2, 32))
@@ -423,7 +437,11 @@ class TestGPT:
             return [loss.detach(), *(p.grad for p in model.parameters())]
 
         widths = [1.0, 0.5] + [level / 20 for level in range(2, 20, 3)]
-        eager, body, graphs = [gradients(w) for w in widths], model.body, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        eager, body, graphs = (
+            [gradients(w) for w in widths],
+            model.body,
+            torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        )
         model.body = torch.compile(body, fullgraph=True)  # no graph breaks
         for width, expected in zip(widths, eager):
             for a, b in zip(gradients(width), expected):
@@ -431,7 +449,8 @@ class TestGPT:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2  # the first width, then any width
 
     @pytest.mark.parametrize("bad", [
-        dict(top_k=5), dict(expert_hidden=12), dict(n_embd=33), dict(n_embd=36, n_head=2), dict(n_layer=0), dict(dropout=1.0),
+        dict(top_k=5), dict(expert_hidden=12), dict(n_embd=33), dict(n_embd=36, n_head=2), dict(n_layer=0),
+        dict(dropout=1.0),
     ])  # fmt: skip
     def test_a_config_that_cannot_work_is_refused(self, bad):
         with pytest.raises(UsageError, match=next(iter(bad))):
@@ -489,7 +508,9 @@ class TestGeneration:
 def command(program, *args, cwd):
     """Run a command line as a user would; returns (status, stdout, stderr)."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    p = subprocess.run([sys.executable, HERE / f"{program}.py", *map(str, args)], cwd=cwd, capture_output=True, text=True, env=env)
+    p = subprocess.run(
+        [sys.executable, HERE / f"{program}.py", *map(str, args)], cwd=cwd, capture_output=True, text=True, env=env
+    )
     return p.returncode, p.stdout, p.stderr
 
 
@@ -554,7 +575,9 @@ class TestPrepare:
         assert not any("test" in f.parts or "site-packages" in f.parts for f in prepare.stdlib_files())
         meta = json.loads(first["meta.json"])
         train_ids, val_ids = read_shard("data/stdlib/train_000000.bin"), read_shard("data/stdlib/val_000000.bin")
-        assert (len(train_ids), len(val_ids)) == (meta["train_tokens"], meta["val_tokens"]) and meta["vocab_size"] == 257
+        assert (len(train_ids), len(val_ids)) == (meta["train_tokens"], meta["val_tokens"]) and meta[
+            "vocab_size"
+        ] == 257
         assert (train_ids == 256).sum() + (val_ids == 256).sum() == meta["documents"] > 100
         assert 0.02 < len(val_ids) / len(train_ids) < 0.3 and sorted(os.listdir("data")) == ["stdlib"]
 
@@ -646,7 +669,9 @@ class TestPrepare:
         text = (HERE / "model.py").read_text()
         (tmp_path / "t.txt").write_text(text)
         pieces = [piece for piece, _ in prepare.read_text(tmp_path / "t.txt")]
-        assert len(pieces) > 50 and sum((tokenizer.encode_ordinary(p) for p in pieces), []) == tokenizer.encode_ordinary(text)
+        assert len(pieces) > 50 and sum(
+            (tokenizer.encode_ordinary(p) for p in pieces), []
+        ) == tokenizer.encode_ordinary(text)
         monkeypatch.chdir(tmp_path)
         call(prepare, "t.txt", "--tokenizer=gpt2")
         ids = np.concatenate([read_shard("data/t/train_000000.bin"), read_shard("data/t/val_000000.bin")])
@@ -679,7 +704,9 @@ class TestTrain:
         whole = torch.load("out/mose/last.pt", weights_only=True)
         out = f"--out_dir={tmp_path}/r"
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([sys.executable, HERE / "train.py", "demo", *TINY, out], stdout=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen(
+            [sys.executable, HERE / "train.py", "demo", *TINY, out], stdout=subprocess.PIPE, text=True, env=env
+        )
         for line in process.stdout:
             if line.startswith("step 10/"):
                 process.send_signal(2)  # Ctrl-C
@@ -699,16 +726,22 @@ class TestTrain:
         data = train.open_dataset("tiny", 32)[0]
         whole = data.random_batch(7, 3, 0, 16)
         parts = [data.random_batch(7, 3, first, 4) for first in (0, 4, 8, 12)]
-        assert torch.equal(whole[0], torch.cat([p[0] for p in parts])) and torch.equal(whole[1], torch.cat([p[1] for p in parts]))
+        assert torch.equal(whole[0], torch.cat([p[0] for p in parts])) and torch.equal(
+            whole[1], torch.cat([p[1] for p in parts])
+        )
         assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
-        assert not torch.equal(whole[0], data.random_batch(7, 4, 0, 16)[0]) and not torch.equal(whole[0], data.random_batch(8, 3, 0, 16)[0])
+        assert not torch.equal(whole[0], data.random_batch(7, 4, 0, 16)[0]) and not torch.equal(
+            whole[0], data.random_batch(8, 3, 0, 16)[0]
+        )
 
     def test_windows_cover_every_shard_and_never_cross_one(self, tmp_path):
         lengths, n = (10, 3, 8), 0
         for i, length in enumerate(lengths):
             header = np.zeros(256, np.int32)
             header[:3] = 20240520, 1, length
-            (tmp_path / f"x_train_{i:06d}.bin").write_bytes(header.tobytes() + np.arange(n, n + length, dtype=np.uint16).tobytes())
+            (tmp_path / f"x_train_{i:06d}.bin").write_bytes(
+                header.tobytes() + np.arange(n, n + length, dtype=np.uint16).tobytes()
+            )
             n += 100
         shards = train.Shards(tmp_path, "train", block_size=4, vocab_size=1000)
         idx, targets = shards.windows(range(shards.ends[-1]))
@@ -716,7 +749,15 @@ class TestTrain:
 
     def test_a_loss_that_is_not_finite_stops_before_the_update(self, inside, tmp_path):
         with pytest.raises(UsageError, match=r"step \d+: loss .*last good"):
-            call(train, "demo", *TINY, f"--out_dir={tmp_path}/n", "--learning_rate=1e30", "--grad_clip=0", "--warmup_steps=0")
+            call(
+                train,
+                "demo",
+                *TINY,
+                f"--out_dir={tmp_path}/n",
+                "--learning_rate=1e30",
+                "--grad_clip=0",
+                "--warmup_steps=0",
+            )
         saved = torch.load(tmp_path / "n/last.pt", weights_only=True)
         assert all(p.isfinite().all() for p in saved["model"].values())
 
@@ -732,7 +773,15 @@ class TestTrain:
 
 class TestBench:
     def test_frontier_measures_every_policy_and_draws_it(self, inside, capsys):
-        call(bench, "frontier", "out/mose/ckpt.pt", "out/moe/ckpt.pt", "out/dense/ckpt.pt", "--eval_tokens=2048", "--device=cpu")
+        call(
+            bench,
+            "frontier",
+            "out/mose/ckpt.pt",
+            "out/moe/ckpt.pt",
+            "out/dense/ckpt.pt",
+            "--eval_tokens=2048",
+            "--device=cpu",
+        )
         results = json.load(open("out/mose/frontier.json"))
         points = {}
         for p in results["points"]:
@@ -746,7 +795,9 @@ class TestBench:
         }  # fmt: skip
         for policy in ("router", "calibrated"):
             for p, u in zip(points["mose", policy], points["mose", "uniform"][1:]):
-                assert p["minus_uniform"] == pytest.approx(p["loss"] - u["loss"], abs=1e-6) and p["minus_uniform_se"] > 0
+                assert (
+                    p["minus_uniform"] == pytest.approx(p["loss"] - u["loss"], abs=1e-6) and p["minus_uniform_se"] > 0
+                )
         assert all(p["gamma"] >= 0 for p in points["mose", "calibrated"])
         assert Path("out/mose/frontier.png").read_bytes().startswith(b"\x89PNG")
         assert "calibrated" in capsys.readouterr().out
@@ -780,7 +831,12 @@ class TestSample:
         assert strip(text("--seed=1")) != strip(text("--seed=2"))
         assert "mean width 0.2" in text("--budget=0.25", "--gamma=2")
         out = text("--compare=1.0,0.25")
-        assert out.index("width 1\n") < out.index("mean width 1.000") < out.index("width 0.25\n") < out.index("mean width 0.250")
+        assert (
+            out.index("width 1\n")
+            < out.index("mean width 1.000")
+            < out.index("width 0.25\n")
+            < out.index("mean width 0.250")
+        )
         Path("prompt.txt").write_text("import os")
         assert "import os" in text("--prompt=FILE:prompt.txt", "--num_samples=2")
 
@@ -821,7 +877,8 @@ BAD = [  # program, arguments, what the line must name
     ("train", ["55m", "--resume", "--out_dir=out/mose"], "preset demo"),
     ("train", ["demo", "--resume", "--out_dir=x"], "no checkpoint"),
     *[("train", ["demo", *TINY, "--out_dir=x", f"--dataset=bad/{kind}"], word) for kind, word in (
-        ("empty", "not a shard"), ("short header", "not a shard"), ("magic", "20240520"), ("count", "header says 100"), ("ids", "60099"),
+        ("empty", "not a shard"), ("short header", "not a shard"), ("magic", "20240520"),
+        ("count", "header says 100"), ("ids", "60099"),
     )],
     ("sample", ["--checkpoint=nowhere.pt"], "nowhere.pt"),
     ("sample", ["--checkpoint=foreign.pt"], "lacks"),
@@ -862,7 +919,8 @@ class TestBadInput:
         for name, body in {
             "bad/blank.txt": b"", "bad/binary.txt": b"a\0b" * 100, "bad/latin.txt": "é".encode("latin-1") * 10,
             "bad/picture.png": b"\x89PNG", "bad/nothing/x.png": b"", "bad/other.jsonl": b'{"body": "a"}\n',
-            "bad/broken.jsonl": b'{"text": "a"', "bad/broken.parquet": b"PAR1 no", "garbage.pt": os.urandom(1000), "data/precious/diary": b"x",
+            "bad/broken.jsonl": b'{"text": "a"', "bad/broken.parquet": b"PAR1 no",
+            "garbage.pt": os.urandom(1000), "data/precious/diary": b"x",
         }.items():  # fmt: skip
             (workshop / name).parent.mkdir(parents=True, exist_ok=True)
             (workshop / name).write_bytes(body)
@@ -873,17 +931,27 @@ class TestBadInput:
     def files(folder):
         return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
-    @pytest.mark.parametrize("program, args, word", BAD, ids=[f"{p} {' '.join(x for x in a if x not in TINY)[:50]}" for p, a, _ in BAD])
+    @pytest.mark.parametrize(
+        "program, args, word", BAD, ids=[f"{p} {' '.join(x for x in a if x not in TINY)[:50]}" for p, a, _ in BAD]
+    )
     def test_is_one_clear_line(self, scene, monkeypatch, capsys, program, args, word):
         monkeypatch.chdir(scene)
         before = self.files(scene)
         with pytest.raises(SystemExit) as e:
-            prepare.run(lambda: call({"train": train, "sample": sample, "bench": bench, "prepare": prepare}[program], *args), program)
+            prepare.run(
+                lambda: call({"train": train, "sample": sample, "bench": bench, "prepare": prepare}[program], *args),
+                program,
+            )
         err = capsys.readouterr().err.splitlines()
         assert e.value.code == 2 and len(err) == 1 and err[0].startswith(f"{program}: ") and word in err[0], err
         assert self.files(scene) == before
 
     def test_and_status_2_from_the_shell(self, scene):
-        for program, args in (("train", ["demo", "--stepps=1"]), ("sample", ["--checkpoint=garbage.pt"]), ("prepare", ["nowhere"]), ("bench", [])):
+        for program, args in (
+            ("train", ["demo", "--stepps=1"]),
+            ("sample", ["--checkpoint=garbage.pt"]),
+            ("prepare", ["nowhere"]),
+            ("bench", []),
+        ):
             status, out, err = command(program, *args, cwd=scene)
             assert status == 2 and err.startswith(f"{program}.py: ") and err.count("\n") == 1

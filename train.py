@@ -29,7 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GRID, GPTConfig, UsageError
-from prepare import MAGIC, VERSION, Parser, get_tokenizer, run
+from prepare import MAGIC, VERSION, Parser, run
 
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -45,7 +45,9 @@ def option(default, help):
 @dataclass
 class TrainConfig:
     # data and output
-    dataset: str = option("openwebtext", "folder in data/, or a path to any folder with *train*.bin and *val*.bin shards")
+    dataset: str = option(
+        "openwebtext", "folder in data/, or a path to any folder with *train*.bin and *val*.bin shards"
+    )
     out_dir: str = option("", "where checkpoints and log go; default out/PRESET, with -moe for that recipe")
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
     # what to train
@@ -82,8 +84,20 @@ class TrainConfig:
 
 PRESETS = {
     "demo": dict(
-        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, moe_every=1, block_size=128, steps=800, tokens_per_step=3072,
-        batch_size=24, learning_rate=4e-3, warmup_steps=50, eval_interval=200, eval_tokens=16384, log_interval=20,
+        dataset="stdlib",
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        moe_every=1,
+        block_size=128,
+        steps=800,
+        tokens_per_step=3072,
+        batch_size=24,
+        learning_rate=4e-3,
+        warmup_steps=50,
+        eval_interval=200,
+        eval_tokens=16384,
+        log_interval=20,
     ),  # fmt: skip
     "55m": dict(),
     "322m": dict(n_layer=12, n_head=12, n_embd=768, steps=12000, batch_size=16, learning_rate=4e-4),
@@ -122,7 +136,15 @@ def check_options(o):
         raise UsageError(f"--recipe must be mose or moe, not {o.recipe!r}")
     if o.recipe == "mose" and o.n_expert == 1:
         raise UsageError("--recipe=mose needs experts to slim: use --recipe=moe with --n_expert=1")
-    for name in ("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval", "block_size"):
+    for name in (
+        "steps",
+        "tokens_per_step",
+        "batch_size",
+        "eval_interval",
+        "eval_tokens",
+        "log_interval",
+        "block_size",
+    ):
         if getattr(o, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(o, name)}")
     for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "balance_coef", "z_coef", "expert_hidden"):
@@ -196,18 +218,24 @@ class Shards:
                 raise UsageError(f"{file}: not a shard of tokens (its header should begin with {MAGIC}, {VERSION})")
             held = (os.path.getsize(file) - 1024) / 2
             if held != header[2]:
-                raise UsageError(f"{file}: holds {held:g} tokens but its header says {header[2]}: copy or prepare it again")
+                raise UsageError(
+                    f"{file}: holds {held:g} tokens but its header says {header[2]}: copy or prepare it again"
+                )
             if self.n_tokens < 100_000_000:  # small datasets are checked whole; every batch is checked again
                 self.check(np.fromfile(file, dtype=np.uint16, offset=1024), file)
             self.n_tokens += int(header[2])
             starts.append(max(0, int(header[2]) - block_size))  # where a window and its next token fit
         self.ends = np.cumsum(starts)
         if self.ends[-1] == 0:
-            raise UsageError(f"{folder}: the {split} split has {self.n_tokens} tokens, no shard of more than block_size {block_size}")
+            raise UsageError(
+                f"{folder}: the {split} split has {self.n_tokens} tokens, no shard of more than block_size {block_size}"
+            )
 
     def check(self, tokens, file):
         if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UsageError(f"{file}: token id {tokens.max()} is beyond the vocabulary of {self.vocab_size}: prepared with another tokenizer?")
+            raise UsageError(
+                f"{file}: token id {tokens.max()} is beyond the vocabulary of {self.vocab_size}: another tokenizer's?"
+            )
 
     def windows(self, starts):
         """Windows at the given starts, each in [0, self.ends[-1]) -> idx, targets (len(starts), block_size)."""
@@ -340,7 +368,9 @@ def train(preset, o, given):
         saved = checkpoint["options"]
         for name in given - MAY_CHANGE:
             if saved[name] != getattr(o, name):
-                raise UsageError(f"--{name}={getattr(o, name)} contradicts the run in {out}, which has {saved[name]}; leave it out")
+                raise UsageError(
+                    f"--{name}={getattr(o, name)} contradicts the run in {out}, which has {saved[name]}; leave it out"
+                )
         if preset != checkpoint["preset"]:
             raise UsageError(f"the run in {out} is of preset {checkpoint['preset']}, not {preset}")
         o = TrainConfig(**{**saved, **{name: getattr(o, name) for name in given}, "out_dir": o.out_dir})
@@ -351,7 +381,9 @@ def train(preset, o, given):
     train_data, val_data, tokenizer, vocab_size = open_dataset(o.dataset, o.block_size)
     config = make_config(o, vocab_size)
     if checkpoint and (checkpoint["config"] != dataclasses.asdict(config) or checkpoint["tokenizer"] != tokenizer):
-        raise UsageError(f"the data in {o.dataset} is not what the run in {out} was trained on (tokenizer {checkpoint['tokenizer']})")
+        raise UsageError(
+            f"the data in {o.dataset} is not what the run in {out} was trained on (tokenizer {checkpoint['tokenizer']})"
+        )
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(o.seed)
@@ -372,9 +404,15 @@ def train(preset, o, given):
     accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
 
     total, active = model.num_params()
-    print(f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active per token at full width")
-    print(f"{why}; {o.tokens_per_step:,} tokens per step in {accumulate} micro-batch(es) of {o.batch_size} x {o.block_size}")
-    print(f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens ({tokenizer}) from {o.dataset}")
+    print(
+        f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M per token at full width"
+    )
+    print(
+        f"{why}; {o.tokens_per_step:,} tokens per step, {accumulate} micro-batch(es) of {o.batch_size} x {o.block_size}"
+    )
+    print(
+        f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens ({tokenizer}) from {o.dataset}"
+    )
 
     def log(**entry):
         with open(out / "log.jsonl", "a") as f:
@@ -451,8 +489,8 @@ def train(preset, o, given):
         values = torch.stack([full, narrow, norm]).tolist()  # the step's one synchronisation
         if not all(map(math.isfinite, values)):
             raise UsageError(
-                f"step {step}: loss {values[0]:g}, gradient norm {values[2]:g}; stopped before the update, {last} is the last good "
-                "state. A lower --learning_rate or a longer --warmup_steps usually helps"
+                f"step {step}: loss {values[0]:g}, gradient norm {values[2]:g}; stopped before the update, {last} is "
+                "the last good state. A lower --learning_rate or a longer --warmup_steps usually helps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -481,6 +519,7 @@ def train(preset, o, given):
             save(last, done, optimizer=optimizer.state_dict())
             print(f"stopped at step {done}; {last} is saved: continue with --resume")
             sys.exit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main():
