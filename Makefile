@@ -8,10 +8,10 @@ RUN = .venv/bin/python
 demo: .venv/installed data/stdlib/meta.json
 	$(RUN) train.py demo $(if $(wildcard out/demo/last.pt),--resume)
 	$(RUN) bench.py frontier out/demo/ckpt.pt
-	$(RUN) sample.py --prompt="def main(" --num_tokens=300 --compare=1.0,0.5,0.25
+	$(RUN) sample.py --prompt=class --seed=1 --num_tokens=300 --compare=1.0,0.5,0.25
 
 test: .venv/installed
-	$(RUN) -m pytest -q test_model.py
+	$(RUN) -m pytest -q -W ignore::DeprecationWarning test_model.py
 
 data/stdlib/meta.json: | .venv/installed
 	$(RUN) prepare.py stdlib

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from model import GPT, MLP, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, width_to_neurons
 from prepare import Parser, run
@@ -44,7 +43,7 @@ MARKERS = "osD^vP*"
 
 
 def calibrate(model, batches, budget, device, dtype, lr=0.1):
-    """Learn the gamma of RouterWidth(budget, gamma) from text alone, with all weights frozen (paper, section 3.3).
+    """Learn the gamma of RouterWidth(budget, gamma) from text alone, with all weights frozen, as the paper does.
 
     Widths are continuous meanwhile (see SlimmableMoE.fade), so that the loss has a gradient with respect to gamma.
     Adam, not the paper's plain SGD at 0.01: gamma's gradient is about 0.01 nats, so SGD would not leave the start.
@@ -97,6 +96,7 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
             point["minus_uniform"] = difference.mean().item()
             point["minus_uniform_se"] = (difference.std() / math.sqrt(len(difference))).item()
         points.append(point)
+        print_point(point, first=len(points) == 1)
 
     measure("uniform", 1.0, None, 1.0)
     if checkpoint["recipe"] == "moe":
@@ -106,7 +106,7 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
             for experts in range(k - 1, 0, -1):
                 measure("fewer experts", experts / k, None, 1.0, experts)
         return points
-    for budget in tqdm(BUDGETS[1:], desc=str(path), unit=" budgets", disable=None):
+    for budget in BUDGETS[1:]:
         measure("uniform", budget, None, budget)
         measure("router", budget, 1.0, RouterWidth(budget, 1.0))
         gamma = calibrate(model, calibration, budget, device, dtype)
@@ -114,23 +114,23 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
     return points
 
 
-def print_frontier(points):
-    unit = "bits/byte" if "bits_per_byte" in points[0] else "perplexity"
-    print(f"{'policy':<14} {'budget':>6} {'gamma':>6} {'width':>6} {'loss':>7} {unit:>10}  {'minus uniform':>17} "
-          f"{'MFLOPs/token':>12} {'experts':>8} {'tokens/s':>9}")  # fmt: skip
-    previous = None
-    for p in points:
-        if p["checkpoint"] != previous:
-            previous = p["checkpoint"]
-            print(f"{previous} (recipe {p['recipe']})")
-        gamma = "" if p["gamma"] is None else f"{p['gamma']:.2f}"
-        versus = f"{p['minus_uniform']:+.4f} ± {p['minus_uniform_se']:.4f}" if "minus_uniform" in p else ""
-        quality = p.get("bits_per_byte", p.get("perplexity"))
+def print_point(p, first):
+    if first:
+        unit = "bits/byte" if "bits_per_byte" in p else "perplexity"
+        print(f"\n{p['checkpoint']} (recipe {p['recipe']})")
         print(
-            f"{p['policy']:<14} {p['budget']:>6g} {gamma:>6} {p['mean_width']:>6.3f} {p['loss']:>7.4f} "
-            f"{quality:>10.3f}  {versus:>17} {p['flops_total'] / 1e6:>12.3f} {p['flops_expert'] / 1e6:>8.3f} "
-            f"{p['tokens_per_s']:>9,.0f}"
+            f"{'policy':<14} {'budget':>6} {'gamma':>6} {'width':>6} {'loss':>7} {unit:>10}  {'minus uniform':>17} "
+            f"{'MFLOPs/token':>12} {'experts':>8} {'tokens/s':>9}"
         )
+    gamma = "" if p["gamma"] is None else f"{p['gamma']:.2f}"
+    versus = f"{p['minus_uniform']:+.4f} ± {p['minus_uniform_se']:.4f}" if "minus_uniform" in p else ""
+    quality = p.get("bits_per_byte", p.get("perplexity"))
+    print(
+        f"{p['policy']:<14} {p['budget']:>6g} {gamma:>6} {p['mean_width']:>6.3f} {p['loss']:>7.4f} "
+        f"{quality:>10.3f}  {versus:>17} {p['flops_total'] / 1e6:>12.3f} {p['flops_expert'] / 1e6:>8.3f} "
+        f"{p['tokens_per_s']:>9,.0f}",
+        flush=True,
+    )
 
 
 def plot_frontier(points, path):
@@ -200,7 +200,6 @@ def frontier(o):
     points = []
     for path, model, checkpoint in loaded:
         points += frontier_points(path, model.to(device), checkpoint, val_batches, calibration, device, dtype)
-    print_frontier(points)
     folder = Path(o.checkpoints[0]).parent
     results = dict(
         points=points, dataset=dataset, tokens=sum(i.numel() for i, _ in val_batches), seed=o.seed, hardware=why,
@@ -208,7 +207,7 @@ def frontier(o):
     )  # fmt: skip
     (folder / "frontier.json").write_text(json.dumps(results, indent=2) + "\n")
     plot_frontier(points, folder / "frontier.png")
-    print(f"wrote {folder}/frontier.json and {folder}/frontier.png")
+    print(f"\nwrote {folder}/frontier.json and {folder}/frontier.png")
 
 
 # -----------------------------------------------------------------------------
@@ -458,7 +457,7 @@ def speed(o):
     )
     (folder / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_speed(results, folder / "speed.png")
-    print(f"wrote {folder}/speed.json and {folder}/speed.png")
+    print(f"\nwrote {folder}/speed.json and {folder}/speed.png")
 
 
 def print_speed(r, first):

@@ -49,7 +49,7 @@ def width_to_neurons(width, n_hidden):
 
 
 class RouterWidth:
-    """Width policy: split each token's budget over its experts by the router's confidence (paper, section 3.3).
+    """Width policy: split each token's budget over its experts by the router's confidence.
 
     budget: mean width over a token's selected experts, at most 1; the k of them share k * budget.
     gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width; a
@@ -135,7 +135,7 @@ class GPTConfig:
 # Slots are sorted, then processed in chunks, each at one width: one pair of grouped matrix products over all experts.
 # With one width for all there is one chunk. With a width per slot, chunks collect the slots of similar width.
 
-MAX_CHUNKS = 6
+MAX_CHUNKS = 6  # router widths at budget 0.5 take 1.2 to 1.3 times as long as uniform 0.5; with a chunk per width, 1.8
 
 
 def grouped_mm(a, b, ends):
@@ -224,7 +224,7 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
 
 
 class SlimmableMoE(nn.Module):
-    """Top-k mixture of experts, each of which runs at a prefix of its neurons (paper, equations 2 to 5).
+    """Top-k mixture of experts, each of which runs at a prefix of its neurons.
 
     Expert e at h neurons is w_out[e, :h].T @ gelu(w_in[e, :h] @ x): narrow experts are inside the wide ones.
     """

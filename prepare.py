@@ -2,7 +2,7 @@
 Turn text into shards of tokens that train.py reads.
 
     python prepare.py stdlib                          # Python's own library: real text, no download, seconds
-    python prepare.py openwebtext                     # 9 billion GPT-2 tokens; needs a network and 75 GB of disk
+    python prepare.py openwebtext                     # 9 billion GPT-2 tokens; needs a network and 72 GB of disk
     python prepare.py notes.txt papers/ dump.jsonl    # your own .txt .md .py .jsonl .parquet files or folders
         [--tokenizer=byte|gpt2] [--name=NAME]
 
@@ -92,11 +92,12 @@ TEXT, TABLE = (".txt", ".md", ".py"), (".parquet", ".jsonl", ".jsonl.gz", ".json
 
 
 def find_files(paths):
-    """The supported files among paths and below those that are folders, each folder in sorted order."""
+    """The supported files among paths and below those that are folders, in sorted order, hidden ones left out."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.name.endswith(TEXT + TABLE) and p.is_file())
+            found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
             if not found:
                 raise UsageError(f"no {' '.join(TEXT + TABLE)} files below {path}")
             files += found

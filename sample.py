@@ -27,7 +27,7 @@ def parse_options(argv=None):
         "--budget", type=float, help="mean width, in (0, 1], split by the router's confidence token by token"
     )
     parser.add_argument(
-        "--gamma", type=float, default=1.0, help="how much confidence counts under --budget; 0: not at all; default 1"
+        "--gamma", type=float, help="how much confidence counts under --budget; 0: not at all; default 1"
     )
     parser.add_argument("--compare", help="widths to show one after another, for example 1.0,0.5,0.25")
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; default: the beginning of a text")
@@ -45,6 +45,8 @@ def parse_options(argv=None):
     for name, least in (("num_samples", 1), ("num_tokens", 1), ("top_k", 1), ("seed", 0)):
         if getattr(o, name) < least:
             raise UsageError(f"--{name} must be at least {least}, not {getattr(o, name)}")
+    if o.gamma is not None and o.budget is None:
+        raise UsageError("--gamma says how --budget is split: give --budget too")
     if not 0 <= o.temperature < math.inf:
         raise UsageError(f"--temperature must be a finite number of at least 0, not {o.temperature}")
     return o
@@ -63,7 +65,8 @@ def chosen_widths(o):
             check_width(width, "every width of --compare")
         return [(f"width {w:g}", w) for w in widths]
     if o.budget is not None:
-        return [(f"budget {o.budget:g}, gamma {o.gamma:g}", RouterWidth(o.budget, o.gamma))]
+        gamma = 1.0 if o.gamma is None else o.gamma
+        return [(f"budget {o.budget:g}, gamma {gamma:g}", RouterWidth(o.budget, gamma))]
     width = 1.0 if o.width is None else o.width
     check_width(width, "--width")
     return [(f"width {width:g}", width)]

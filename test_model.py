@@ -599,6 +599,8 @@ class TestPrepare:
         Path("d/b.md").write_text(texts[1], newline="")
         Path("d/c.bin").write_bytes(b"\0not read")
         Path("d/empty.txt").write_text("")
+        os.mkdir("d/.hidden")
+        Path("d/.hidden/no.txt").write_text("not read")
         Path("e.jsonl").write_text("".join(json.dumps(dict(text=t, id=3)) + "\n" for t in texts[2:15]))
         datasets.Dataset.from_dict(dict(text=texts[15:])).to_parquet("f.parquet")
         call(prepare, "d", "e.jsonl", "f.parquet", "--name=all")
@@ -894,6 +896,7 @@ BAD = [  # program, arguments, what the line must name
     ("sample", ["--checkpoint=out/mose/ckpt.pt", "--width=1.5"], "1.5"),
     ("sample", ["--checkpoint=out/mose/ckpt.pt", "--budget=0"], "budget"),
     ("sample", ["--checkpoint=out/mose/ckpt.pt", "--width=0.5", "--budget=0.5"], "exclude each other"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--gamma=2"], "--budget too"),
     ("sample", ["--checkpoint=out/mose/ckpt.pt", "--compare=1,two"], "1,two"),
     ("sample", ["--checkpoint=out/mose/ckpt.pt", "--prompt=" + "a" * 40], "40 tokens"),
     ("sample", ["--checkpoint=out/mose/ckpt.pt", "--prompt=FILE:nowhere.txt"], "nowhere.txt"),

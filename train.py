@@ -263,7 +263,8 @@ def open_dataset(dataset, block_size):
     """data/DATASET or a path -> (train, val, tokenizer name, size of its vocabulary)."""
     folder = next((p for p in (Path("data") / dataset, Path(dataset)) if p.is_dir()), None)
     if folder is None:
-        raise UsageError(f"no dataset {dataset!r} in data/: run `python prepare.py {dataset}`")
+        source = dataset if dataset in ("stdlib", "openwebtext") else f"YOUR_FILES --name={dataset}"
+        raise UsageError(f"no dataset {dataset!r} in data/: run `python prepare.py {source}`")
     tokenizer, vocab_size = "gpt2", 50257  # shards of llm.c and modded-nanogpt
     if (folder / "meta.json").exists():
         try:
@@ -294,7 +295,7 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path):
     """Read a checkpoint without running code from it. Raises UsageError if it is missing, damaged or not ours."""
     if not os.path.isfile(path):
-        raise UsageError(f"no checkpoint {path}: train one first, for example `python train.py demo`")
+        raise UsageError(f"no checkpoint {path}: train.py writes them")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
@@ -463,9 +464,11 @@ def train(preset, o, given):
     signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGTERM, on_interrupt)
 
-    sums, steps_timed, seconds = {}, 0, 0.0
     if start == 0:
         evaluate(0)
+    else:
+        print(f"resuming after step {start}" + (", the last one: raise --steps to go on" if start >= o.steps else ""))
+    sums, steps_timed, seconds, began = {}, 0, 0.0, time.perf_counter()
     for step in range(start, o.steps):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -505,7 +508,7 @@ def train(preset, o, given):
             if o.recipe == "moe":
                 del means["loss_narrow"]
             log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed)
-            left = (o.steps - done) * o.tokens_per_step / speed
+            left = (o.steps - done) * (time.perf_counter() - began) / (done - start)
             narrow = f", narrow {means['loss_narrow']:.4f}" if o.recipe == "mose" else ""
             print(
                 f"step {done}/{o.steps} | loss full {means['loss_full']:.4f}{narrow} | norm {means['grad_norm']:.2f} | "
