@@ -675,14 +675,15 @@ class TestPrepare:
             tokenizer = prepare.get_tokenizer("gpt2")
         except UsageError as e:
             pytest.skip(str(e))
-        monkeypatch.setattr(prepare, "PIECE", 200)
-        text = (HERE / "model.py").read_text()
+        monkeypatch.setattr(prepare, "PIECE", 500)  # every 500 characters of prose have a place to cut
+        text = (HERE / "README.md").read_text()
         (tmp_path / "t.txt").write_text(text)
         pieces = [piece for piece, _ in prepare.read_text(tmp_path / "t.txt")]
-        assert len(pieces) > 50 and sum(
+        assert len(pieces) > 15 and sum(
             (tokenizer.encode_ordinary(p) for p in pieces), []
         ) == tokenizer.encode_ordinary(text)
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(prepare, "PIECE", len(text))
         call(prepare, "t.txt", "--tokenizer=gpt2")
         ids = np.concatenate([read_shard("data/t/train_000000.bin"), read_shard("data/t/val_000000.bin")])
         assert ids[-1] == 50256 and tokenizer.decode(ids[:-1].tolist()) == text
