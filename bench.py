@@ -76,7 +76,6 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
         losses = sequence_losses(model, val, width, device, dtype).double()
         seconds = time.perf_counter() - started
         mean_width, width_run, _ = model.read_stats() if moes else (1.0, 1.0, None)
-        mean_width, width_run = mean_width * experts / k, width_run * experts / k
         for moe in moes:
             moe.top_k = k
         total, expert = model.flops_per_token(width_run)  # counted from what ran
@@ -229,7 +228,7 @@ class NanoMoE(nn.Module):
         moe = SlimmableMoE(config)
         self.top_k, self.router, self.w_in, self.w_out = config.top_k, moe.router, moe.w_in, moe.w_out
 
-    def run(self, x, neurons):
+    def run(self, x, neurons, losses=True):
         shape, k, E = x.shape, self.top_k, self.w_in.size(0)
         x = x.reshape(-1, shape[-1])
         capacity = int(1.25 * k * len(x) / E)

@@ -56,7 +56,9 @@ class RouterWidth:
         large gamma at budget 1/k runs only the likeliest expert. A number, except while gamma is being learned (see
         `calibrate` in bench.py): then a tensor that requires grad, and widths are continuous, off the grid.
 
-    Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place.
+    Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place. If it has an
+    attribute `budget`, that is the width of shared experts (else 1); if it has a true attribute `renormalize`, the
+    experts that it leaves (width above 0) are weighted as if they had been selected alone.
     """
 
     def __init__(self, budget, gamma=1.0):
@@ -98,11 +100,14 @@ class GPTConfig:
     n_embd: int = 384
     n_expert: int = 8  # 1 makes a plain dense GPT
     top_k: int = 2
+    n_shared: int = 0  # experts that every token visits besides its top_k
     expert_hidden: int | None = None  # neurons of one expert; None means 4 * n_embd
     moe_every: int = 2  # blocks 0, moe_every, 2 * moe_every, ... hold experts, the others a dense MLP
     dropout: float = 0.0
     balance_coef: float = 0.01  # weight of the load-balancing loss
     z_coef: float = 0.001  # weight of the router's z-loss
+    bias_rate: float = 0.0  # step of loss-free balancing (DeepSeek-V3): a bias that steers selection only; 0 is without
+    norm_topk_prob: bool = True  # selected experts' probabilities are renormalised; with top_k=1 better not (Switch)
 
     def __post_init__(self):
         if self.expert_hidden is None:
@@ -118,6 +123,8 @@ class GPTConfig:
             raise UsageError(f"n_embd must be a multiple of 8 for grouped matrix products, not {self.n_embd}")
         if self.n_expert > 1 and self.top_k > self.n_expert:
             raise UsageError(f"top_k {self.top_k} must be at most n_expert {self.n_expert}")
+        if self.n_shared < 0 or (self.n_shared and self.n_expert == 1):
+            raise UsageError(f"n_shared must be at least 0, and 0 in a dense model, not {self.n_shared}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
@@ -232,14 +239,17 @@ class SlimmableMoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, H, d = config.n_expert, config.expert_hidden, config.n_embd
-        self.top_k, self.balance_coef, self.z_coef = config.top_k, config.balance_coef, config.z_coef
+        self.top_k, self.n_shared, self.norm_topk_prob = config.top_k, config.n_shared, config.norm_topk_prob
+        self.balance_coef, self.z_coef = config.balance_coef, config.z_coef
         self.router = nn.Linear(d, E, bias=False)
-        self.w_in = nn.Parameter(torch.empty(E, H, d))  # row j is the input vector of neuron j ...
-        self.w_out = nn.Parameter(torch.empty(E, H, d))  # ... and its output vector: a width is a prefix of both
+        self.register_buffer("bias", torch.zeros(E), persistent=config.bias_rate > 0)
+        stack = (E + config.n_shared, H, d)  # shared experts come last
+        self.w_in = nn.Parameter(torch.empty(stack))  # row j is the input vector of neuron j ...
+        self.w_out = nn.Parameter(torch.empty(stack))  # ... and its output vector: a width is a prefix of both
         for w in (self.w_in, self.w_out):
             nn.init.normal_(w, std=0.02)
         self.level_neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]
-        counters = dict(load=(E,), neurons_used=(), neurons_run=())  # see GPT.read_stats
+        counters = dict(load=(E,), tokens=(), neurons_used=(), neurons_run=())  # see GPT.read_stats
         for name, size in counters.items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64), persistent=False)
 
@@ -247,20 +257,38 @@ class SlimmableMoE(nn.Module):
         """x (..., d) and a width or width policy -> y (..., d) and the weighted router losses, a scalar."""
         return self.run(x, width if hasattr(width, "widths") else width_to_neurons(width, self.w_in.size(1)))
 
-    def run(self, x, neurons):
+    def run(self, x, neurons, losses=True):
         """The same for a number of neurons or a policy. An int, which torch.compile can make a variable of its graph;
-        with a float it would compile every width anew."""
+        with a float it would compile every width anew. Decoding does without the losses."""
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # (N, d)
         with torch.autocast(x.device.type, enabled=False):  # routing decisions are worth float32
             router_logits = F.linear(x.float(), self.router.weight.float())
         probs = router_logits.softmax(-1)  # (N, E)
-        top_p, expert = probs.topk(self.top_k)  # (N, k)
-        weight = top_p / top_p.sum(-1, keepdim=True)
+        expert = (probs + self.bias).topk(self.top_k).indices  # (N, k)
+        top_p = probs.gather(-1, expert)
+        weight = top_p / top_p.sum(-1, keepdim=True) if self.norm_topk_prob else top_p
+        load = torch.zeros_like(self.load).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
+        self.load += load
+        self.tokens += len(x)
+        aux = torch.zeros((), device=x.device)
+        if losses:  # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
+            balance = probs.size(1) * (load / expert.numel() * probs.mean(0)).sum()
+            aux = self.balance_coef * balance + self.z_coef * router_logits.logsumexp(-1).square().mean()
 
-        level = mask = None
+        widths = level = mask = None
         if not isinstance(neurons, int):
             widths = neurons.widths(top_p.detach())
+            if getattr(neurons, "renormalize", False):  # over the experts that run
+                weight = weight * (widths > 0)
+                weight = weight / weight.sum(-1, keepdim=True)
+        if self.n_shared:
+            shared = torch.arange(probs.size(1), len(self.w_in), device=x.device).expand(len(x), -1)
+            expert, weight = torch.cat([expert, shared], 1), torch.cat([weight, torch.ones_like(shared)], 1)
+            if widths is not None:
+                budget = torch.full_like(shared, getattr(neurons, "budget", 1.0), dtype=widths.dtype)
+                widths = torch.cat([widths, budget], 1)
+        if widths is not None:
             if widths.requires_grad:  # gamma is being learned: all neurons run, and count more or less
                 neurons, mask = self.w_in.size(1), self.soft_mask(widths)
             else:
@@ -271,13 +299,7 @@ class SlimmableMoE(nn.Module):
         decoding = expert.numel() <= 4 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         experts = self.run_slots if decoding and x.device.type == "cpu" else self.run_chunks
         y = experts(x.to(dtype), expert, weight.to(dtype), neurons, level, mask)
-
-        load = torch.zeros_like(self.load).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
-        self.load += load
-        # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
-        balance = probs.size(1) * (load / expert.numel() * probs.mean(0)).sum()
-        z = router_logits.logsumexp(-1).square().mean()
-        return y.view(shape), self.balance_coef * balance + self.z_coef * z
+        return y.view(shape), aux
 
     def run_chunks(self, x, expert, weight, neurons, level, mask):
         """The experts' weighted outputs (N, d), at one number of neurons or at the width levels (N, k) of the slots."""
@@ -314,7 +336,7 @@ class SlimmableMoE(nn.Module):
         ys = torch.zeros(len(slots), x.size(1), dtype=x.dtype)
         for i, (e, h) in enumerate(zip(slots, limits)):
             if h:
-                n = i // self.top_k
+                n = i // expert.size(1)
                 a = F.gelu(F.linear(x[n : n + 1], self.w_in[e, :h].to(x.dtype)))
                 torch.mm(a, self.w_out[e, :h].to(x.dtype), out=ys[i : i + 1])
         self.neurons_used += sum(limits)
@@ -404,7 +426,7 @@ class Block(nn.Module):
     def forward(self, x, neurons, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         h = self.ln_2(x)
-        y, aux = self.mlp.run(h, neurons) if self.moe else (self.mlp(h), 0.0)
+        y, aux = self.mlp.run(h, neurons, losses=cache is None) if self.moe else (self.mlp(h), 0.0)
         return x + self.dropout(y), aux
 
 
@@ -490,7 +512,7 @@ class GPT(nn.Module):
             total += 4 * d * T  # q @ k, att @ v
             if c.is_moe(layer):
                 total += 2 * d * c.n_expert  # router
-                expert += c.top_k * 4 * d * width * c.expert_hidden  # w_in, w_out
+                expert += (c.top_k + c.n_shared) * 4 * d * width * c.expert_hidden  # w_in, w_out
             else:
                 total += 4 * d * c.dense_hidden(layer)  # c_fc, c_proj
         return total + expert, expert
@@ -498,7 +520,7 @@ class GPT(nn.Module):
     def read_stats(self):
         """What the MoE layers did since the last call: (mean width, mean width run, slots of each expert (layers, E)).
 
-        Both are measured, as shares of all neurons of all slots. The mean width is what the policy used; what ran is a
+        Both are measured, as shares of all neurons of the top_k + n_shared experts of all tokens. The mean width is what the policy used; what ran is a
         little more, because plan_chunks lets scarce widths run with wider ones: count FLOPs from that. (Neither means
         anything while gamma is learned.) A dense model gives Nones.
         """
@@ -506,13 +528,14 @@ class GPT(nn.Module):
         if not moes:
             return None, None, None
         totals = []
-        for name in ("load", "neurons_used", "neurons_run"):
+        for name in ("load", "tokens", "neurons_used", "neurons_run"):
             counters = [getattr(moe, name) for moe in moes]
             totals.append(torch.stack(counters).cpu())
             for counter in counters:
                 counter.zero_()
-        load, used, run = totals
-        possible = max(1, load.sum().item() * self.config.expert_hidden)
+        load, tokens, used, run = totals
+        c = self.config
+        possible = max(1, tokens.sum().item() * (c.top_k + c.n_shared) * c.expert_hidden)
         return used.sum().item() / possible, run.sum().item() / possible, load
 
     @torch.no_grad()

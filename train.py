@@ -12,6 +12,7 @@ log.jsonl. Every option below is --name=value and overrides the preset.
 
 import argparse
 import dataclasses
+import fcntl
 import glob
 import json
 import math
@@ -26,11 +27,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GRID, GPTConfig, UsageError
+from model import GPT, GRID, GPTConfig, RouterWidth, UsageError, check_width, width_to_neurons
 from prepare import MAGIC, VERSION, Parser, run
 
+RECIPES = ("serve", "half", "mose", "moe", "m-moe")
+RECIPES_HELP = (
+    "how micro-batches are run: serve, at full width and at router widths of a random budget and gamma; half, the same "
+    "in one pass, half of the sequences each; mose, at full width and at a random uniform one, as in the paper; moe, at "
+    "full width only; m-moe, with a random number of experts in every layer"
+)
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
 
@@ -50,20 +59,25 @@ class TrainConfig:
     )
     out_dir: str = option("", "where checkpoints and log go; default out/PRESET, with -moe for that recipe")
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
+    replay: int | None = option(None, "run this step of the run in out_dir again, show its passes, and write nothing")
     # what to train
-    recipe: str = option("mose", "mose: each micro-batch at full width and at a random one; moe: full width only")
+    recipe: str = option("mose", RECIPES_HELP)
     seed: int = option(1337, "of initial weights, data order, widths and dropout")
     n_layer: int = option(6, "blocks")
     n_head: int = option(6, "attention heads")
     n_embd: int = option(384, "model width d")
     n_expert: int = option(8, "experts in an MoE block; 1 trains a dense GPT")
     top_k: int = option(2, "experts a token is sent to")
+    n_shared: int = option(0, "experts that every token visits besides")
     expert_hidden: int = option(0, "neurons of one expert, a multiple of 8; 0 means 4 * n_embd")
+    train_width: float = option(1.0, "share of those neurons that the experts get, to train a narrow model for comparison")
     moe_every: int = option(2, "every how many blocks one holds experts, starting with the first")
     block_size: int = option(1024, "context length in tokens")
     dropout: float = option(0.0, "dropout rate")
     balance_coef: float = option(0.01, "weight of the load-balancing loss")
     z_coef: float = option(0.001, "weight of the router's z-loss")
+    bias_rate: float = option(0.0, "step of balancing by a bias instead, with --balance_coef=0; 0.001 in DeepSeek-V3")
+    norm_topk_prob: bool = option(True, "renormalise the selected probabilities; False for --top_k=1")
     # optimisation: AdamW, linear warm-up, cosine decay to a tenth
     steps: int = option(6000, "optimizer steps")
     tokens_per_step: int = option(524288, "tokens in one optimizer step, over all micro-batches")
@@ -105,7 +119,7 @@ PRESETS = {
 }
 
 # what a resumed run may change; anything else would make it another run
-MAY_CHANGE = {"resume", "out_dir", "steps", "eval_interval", "eval_tokens", "log_interval", "device", "compile"}
+MAY_CHANGE = {"resume", "replay", "out_dir", "steps", "eval_interval", "eval_tokens", "log_interval", "device", "compile"}
 
 
 def parse_bool(text):
@@ -121,8 +135,9 @@ def parse_options(argv=None):
     for f in dataclasses.fields(TrainConfig):
         presets = ", ".join(f"{p} {v[f.name]}" for p, v in PRESETS.items() if f.name in v)
         text = f"{f.metadata['help']} (default {f.default!r}{'; ' + presets if presets else ''})"
-        kind = dict(type=parse_bool, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", help=text, default=None, metavar=f.type.__name__.upper(), **kind)
+        type_ = int if f.name == "replay" else f.type
+        kind = dict(type=parse_bool, nargs="?", const=True) if type_ is bool else dict(type=type_)
+        parser.add_argument(f"--{f.name}", help=text, default=None, metavar=type_.__name__.upper(), **kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = given.pop("preset")
     options = TrainConfig(**{**PRESETS[preset], **given})
@@ -132,10 +147,15 @@ def parse_options(argv=None):
 
 def check_options(o):
     """Refuse what cannot work, before anything is spent or written."""
-    if o.recipe not in ("mose", "moe"):
-        raise UsageError(f"--recipe must be mose or moe, not {o.recipe!r}")
-    if o.recipe == "mose" and o.n_expert == 1:
-        raise UsageError("--recipe=mose needs experts to slim: use --recipe=moe with --n_expert=1")
+    if o.recipe not in RECIPES:
+        raise UsageError(f"--recipe must be one of {', '.join(RECIPES)}, not {o.recipe!r}")
+    if o.recipe != "moe" and o.n_expert == 1:
+        raise UsageError(f"--recipe={o.recipe} needs experts to slim: use --recipe=moe with --n_expert=1")
+    check_width(o.train_width, "--train_width")
+    if o.recipe == "half" and o.batch_size % 2:
+        raise UsageError(f"--recipe=half halves micro-batches: --batch_size must be even, not {o.batch_size}")
+    if o.replay is not None and not 0 <= o.replay < o.steps:
+        raise UsageError(f"--replay must be a step of the run, 0 to {o.steps - 1}, not {o.replay}")
     for name in (
         "steps",
         "tokens_per_step",
@@ -147,7 +167,8 @@ def check_options(o):
     ):
         if getattr(o, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(o, name)}")
-    for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "balance_coef", "z_coef", "expert_hidden"):
+    for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "balance_coef", "z_coef", "bias_rate",
+                 "expert_hidden"):
         if not 0 <= getattr(o, name) < math.inf:
             raise UsageError(f"--{name} must be a finite number of at least 0, not {getattr(o, name)}")
     if not 0 < o.learning_rate < math.inf:
@@ -165,7 +186,7 @@ def check_options(o):
 def make_config(o, vocab_size):
     """The model that the options describe, for data with this many token ids."""
     shared = {f.name: getattr(o, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(o, f.name)}
-    shared["expert_hidden"] = o.expert_hidden or None
+    shared["expert_hidden"] = width_to_neurons(o.train_width, o.expert_hidden or 4 * o.n_embd)
     return GPTConfig(vocab_size=-(-vocab_size // 64) * 64, **shared)  # padded: matrix units like multiples
 
 
@@ -356,25 +377,79 @@ def sequence_losses(model, batches, width, device, dtype):
     return torch.cat(losses).cpu()
 
 
-def training_widths(o, rng):
-    """The widths at which one micro-batch is run (paper, equation 6)."""
-    return [1.0] if o.recipe == "moe" else [1.0, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))]]
+class RandomExperts:
+    """Width policy of recipe m-moe: in every layer the likeliest 1 to k experts, at full width, the others skipped."""
+
+    renormalize = True
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def widths(self, probs):
+        k = probs.size(-1)
+        return (torch.arange(k, device=probs.device) <= self.rng.integers(k)).to(probs.dtype).expand(probs.shape)
+
+
+def training_passes(o, rng):
+    """The passes of one micro-batch: [(first, stop, width), ...], the sequences of each as shares of the batch."""
+    if o.recipe == "moe":
+        return [(0, 1, 1.0)]
+    if o.recipe == "m-moe":
+        return [(0, 1, RandomExperts(rng))]
+    if o.recipe == "mose":  # the paper's equation 6
+        return [(0, 1, 1.0), (0, 1, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))])]
+    served = RouterWidth(rng.uniform(0.1, 0.95), rng.uniform(0, 3))  # what inference will ask for
+    return [(0, 1, 1.0), (0, 1, served)] if o.recipe == "serve" else [(0, 0.5, 1.0), (0.5, 1, served)]
+
+
+def join_processes(device):
+    """Under torchrun, join the others: returns (rank, number of processes, this one's device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    gpu = device.startswith("cuda")
+    if gpu:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sum_over_processes(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def resumed(preset, o, given):
+    """The options and the checkpoint of the run in out_dir, with what may change taken from the command line."""
+    checkpoint = load_checkpoint(Path(o.out_dir) / "last.pt")
+    saved = checkpoint["options"]
+    for name in given - MAY_CHANGE:
+        if saved[name] != getattr(o, name):
+            raise UsageError(
+                f"--{name}={getattr(o, name)} contradicts the run in {o.out_dir}, which has {saved[name]}; leave it out"
+            )
+    if preset != checkpoint["preset"]:
+        raise UsageError(f"the run in {o.out_dir} is of preset {checkpoint['preset']}, not {preset}")
+    return TrainConfig(**{**saved, **{name: getattr(o, name) for name in given}, "out_dir": o.out_dir}), checkpoint
+
+
+def lock_folder(folder):
+    """Keep other runs out of the folder for as long as this process lives, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UsageError(f"another run is writing to {folder}: wait for it, or choose another --out_dir") from e
+    return lock
 
 
 def train(preset, o, given):
     out, last = Path(o.out_dir), Path(o.out_dir) / "last.pt"
     checkpoint = None
-    if o.resume:
-        checkpoint = load_checkpoint(last)
-        saved = checkpoint["options"]
-        for name in given - MAY_CHANGE:
-            if saved[name] != getattr(o, name):
-                raise UsageError(
-                    f"--{name}={getattr(o, name)} contradicts the run in {out}, which has {saved[name]}; leave it out"
-                )
-        if preset != checkpoint["preset"]:
-            raise UsageError(f"the run in {out} is of preset {checkpoint['preset']}, not {preset}")
-        o = TrainConfig(**{**saved, **{name: getattr(o, name) for name in given}, "out_dir": o.out_dir})
+    if o.resume or o.replay is not None:
+        o, checkpoint = resumed(preset, o, given)
     elif last.exists():
         raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
     check_options(o)
@@ -385,39 +460,51 @@ def train(preset, o, given):
         raise UsageError(
             f"the data in {o.dataset} is not what the run in {out} was trained on (tokenizer {checkpoint['tokenizer']})"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    rank, world, device = join_processes(device)
+    # micro-batches are dealt out to the processes; where there are too few, each process takes a part of each
+    accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
+    if accumulate % world == 0:
+        micros, rows = range(rank, accumulate, world), slice(None)
+    elif o.batch_size % (2 * world if o.recipe == "half" else world) == 0:
+        micros, rows = range(accumulate), slice(rank, None, world)
+    else:
+        raise UsageError(
+            f"{world} processes can share neither {accumulate} micro-batches nor --batch_size {o.batch_size} evenly"
+        )
+    if rank == 0 and o.replay is None:
+        lock = lock_folder(out)  # noqa: F841, held until the process ends
 
     torch.manual_seed(o.seed)
     torch.set_float32_matmul_precision("high")
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, o)
-    start, best = 0, math.inf
+    moes = [block.mlp for block in model.transformer.h if block.moe]
+    start, best, collapsed = 0, math.inf, set()
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, best = checkpoint["step"], checkpoint["best"]
-        log_lines = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
-        (out / "log.jsonl").write_text("".join(log_lines))
     if o.compile:
         model.body = torch.compile(model.body)
-    val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     eval_widths = EVAL_WIDTHS if o.n_expert > 1 else (1.0,)
-    accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
 
     total, active = model.num_params()
-    print(
-        f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M per token at full width"
-    )
-    print(
+    say(f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M per token at full width")
+    say(
         f"{why}; {o.tokens_per_step:,} tokens per step, {accumulate} micro-batch(es) of {o.batch_size} x {o.block_size}"
+        + (f", on {world} processes" if world > 1 else "")
     )
-    print(
-        f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens ({tokenizer}) from {o.dataset}"
-    )
+    say(f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens ({tokenizer}) from {o.dataset}")
 
     def log(**entry):
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
 
     def save(path, step, **more):
         state = dict(
@@ -425,25 +512,29 @@ def train(preset, o, given):
             recipe=o.recipe, preset=preset, step=step, tokens=step * o.tokens_per_step, best=best,
             options=dataclasses.asdict(o), **more,
         )  # fmt: skip
-        save_checkpoint(path, state)
+        if rank == 0:
+            save_checkpoint(path, state)
 
     def evaluate(step):
-        nonlocal best
+        nonlocal best, collapsed
         started = time.perf_counter()
         model.eval()
-        model.read_stats()
         losses = {}
         for width in eval_widths:
-            losses[width] = sequence_losses(model, val_batches, width, device, dtype).mean().item()
-            if width == 1:
-                load = model.read_stats()[2]
+            model.read_stats()
+            mine = sequence_losses(model, val_batches[rank::world], width, device, dtype).double()
+            total = sum_over_processes(torch.tensor([mine.sum(), len(mine)], dtype=torch.float64).to(device))
+            losses[width] = (total[0] / total[1]).item()
+            if width == 1 and moes:
+                load = sum_over_processes(torch.stack([moe.load for moe in moes])).cpu()
+        model.read_stats()
         model.train()
-        # the loss that the recipe trains for: mose over all widths, moe at full width
-        loss = sum(losses.values()) / len(losses) if o.recipe == "mose" else losses[1.0]
+        # the loss that the recipe trains for: over all widths, or at full width
+        loss = losses[1.0] if o.recipe in ("moe", "m-moe") else sum(losses.values()) / len(losses)
         improved = loss < best
         entry = dict(step=step, val_loss={f"{w:g}": l for w, l in losses.items()})
         line = f"eval {step}/{o.steps} | " + " | ".join(f"width {w:g}: {l:.4f}" for w, l in losses.items())
-        if load is not None:
+        if moes:
             share = load / load.sum(1, keepdim=True) * o.n_expert  # (L, E), 1 is fair
             entry.update(busiest=share.amax(1).tolist(), idlest=share.amin(1).tolist())
             line += f" | experts get {share.min():.2f} to {share.max():.2f} of a fair share"
@@ -453,76 +544,116 @@ def train(preset, o, given):
         save(last, step, optimizer=optimizer.state_dict())
         entry["eval_seconds"] = time.perf_counter() - started
         log(**entry)
-        print(line + (" | best" if improved else ""), flush=True)
+        say(line + (" | best" if improved else ""))
+        if moes:
+            late = step > o.warmup_steps
+            before, collapsed = collapsed, {i for i, busiest in enumerate(entry["busiest"]) if late and busiest > 3}
+            for i in sorted(before & collapsed):
+                say(
+                    f"warning: one expert of MoE layer {i} gets {entry['busiest'][i]:.1f} times its fair share, as at "
+                    "the last evaluation: the router is collapsing. Raise --balance_coef, or train with --bias_rate=0.001"
+                )
 
-    stop = []
+    def run_step(step, report=None):
+        """Gradients of one step. Returns the mean losses of its passes at full width and of the others, the gradient
+        norm and the share of processes that were told to stop, as one tensor. report is called after every pass."""
+        sums = torch.zeros(2, device=device)
+        n_passes = torch.zeros(2)
+        for micro in micros:
+            rng = np.random.default_rng([o.seed, step, micro])
+            batch = train_data.random_batch(o.seed, step, micro * o.batch_size, o.batch_size)
+            idx, targets = (t[rows].pin_memory() if device.startswith("cuda") else t[rows] for t in batch)
+            idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            passes = training_passes(o, rng)
+            torch.manual_seed(rng.integers(2**62) + (rows.start or 0))  # dropout
+            whole = sum(stop - first for first, stop, _ in passes)
+            for i, (first, stop, width) in enumerate(passes):
+                some = slice(round(first * len(idx)), round(stop * len(idx)))
+                final = micro == micros[-1] and i == len(passes) - 1  # gradients are exchanged once, at the end
+                with nullcontext() if final or world == 1 else parallel.no_sync():
+                    with autocast(device, dtype):
+                        _, loss, aux = parallel(idx[some], targets[some], width)
+                    ((loss + aux) * ((stop - first) / whole / len(micros))).backward()
+                sums[int(width != 1)] += loss.detach()
+                n_passes[int(width != 1)] += 1
+                if report:
+                    report(micro, width, loss, idx[some])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
+        means = sums / n_passes.clamp_min(1).to(device)
+        return sum_over_processes(torch.cat([means, norm.view(1), norm.new_tensor([float(len(stop_signals))])])) / world
+
+    stop_signals = []
 
     def on_interrupt(signum, frame):  # finish the step, save, leave; a second Ctrl-C does not wait
-        stop.append(signum)
+        stop_signals.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    if o.replay is not None:
+        replay(o, model, run_step)
+        return
+    if checkpoint and rank == 0:
+        log_lines = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
+        (out / "log.jsonl").write_text("".join(log_lines))
     signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGTERM, on_interrupt)
-
+    val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
     if start == 0:
         evaluate(0)
     else:
-        print(f"resuming after step {start}" + (", the last one: raise --steps to go on" if start >= o.steps else ""))
+        say(f"resuming after step {start}" + (", the last one: raise --steps to go on" if start >= o.steps else ""))
     sums, steps_timed, seconds, began = {}, 0, 0.0, time.perf_counter()
     for step in range(start, o.steps):
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
-        losses = []
-        for micro in range(accumulate):
-            rng = np.random.default_rng([o.seed, step, micro])
-            idx, targets = train_data.random_batch(o.seed, step, micro * o.batch_size, o.batch_size)
-            if device.startswith("cuda"):
-                idx, targets = idx.pin_memory(), targets.pin_memory()
-            idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            widths = training_widths(o, rng)
-            torch.manual_seed(rng.integers(2**62))  # dropout
-            for width in widths:
-                with autocast(device, dtype):
-                    _, loss, aux = model(idx, targets, width)
-                ((loss + aux) / (accumulate * len(widths))).backward()
-                losses.append((width == 1, loss.detach()))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
-        full, narrow = (torch.stack([l for f, l in losses if f == kind] or [norm * 0]).mean() for kind in (True, False))
-        values = torch.stack([full, narrow, norm]).tolist()  # the step's one synchronisation
-        if not all(map(math.isfinite, values)):
+        loss_full, loss_narrow, norm, stopping = run_step(step).tolist()  # the step's one synchronisation
+        if not all(map(math.isfinite, (loss_full, loss_narrow, norm))):
             raise UsageError(
-                f"step {step}: loss {values[0]:g}, gradient norm {values[2]:g}; stopped before the update, {last} is "
-                "the last good state. A lower --learning_rate or a longer --warmup_steps usually helps"
+                f"step {step}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm {norm:g}; "
+                f"stopped before the update, {last} is the last good state. Look at the batch with --replay={step}; a "
+                "lower --learning_rate or a longer --warmup_steps usually helps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if o.bias_rate:  # DeepSeek-V3's balancing without a loss: busy experts become a little less likely
+            for moe in moes:
+                load = sum_over_processes(moe.load).float()
+                moe.bias += o.bias_rate * (load.mean() - load).sign()
+                moe.load.zero_()
         seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
-        for name, value in zip(("loss_full", "loss_narrow", "grad_norm"), values):
+        for name, value in (("loss_full", loss_full), ("loss_narrow", loss_narrow), ("grad_norm", norm)):
             sums[name] = sums.get(name, 0.0) + value
 
         done = step + 1
         if done % o.log_interval == 0 or done == o.steps:
-            means = {name: value / steps_timed for name, value in sums.items()}
+            means = {name: value / steps_timed for name, value in sums.items() if value > 0}
             speed = steps_timed * o.tokens_per_step / seconds
-            if o.recipe == "moe":
-                del means["loss_narrow"]
             log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed)
             left = (o.steps - done) * (time.perf_counter() - began) / (done - start)
-            narrow = f", narrow {means['loss_narrow']:.4f}" if o.recipe == "mose" else ""
-            print(
-                f"step {done}/{o.steps} | loss full {means['loss_full']:.4f}{narrow} | norm {means['grad_norm']:.2f} | "
-                f"{speed:,.0f} tokens/s | {int(left) // 60}m{int(left) % 60:02d}s left",
-                flush=True,
-            )
+            shown = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
+            say(f"step {done}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {int(left) // 60}m{int(left) % 60:02d}s left")
             sums, steps_timed, seconds = {}, 0, 0.0
         if done % o.eval_interval == 0 or done == o.steps:
             evaluate(done)
-        if stop:
+        if stopping:
             save(last, done, optimizer=optimizer.state_dict())
-            print(f"stopped at step {done}; {last} is saved: continue with --resume")
+            say(f"stopped at step {done}; {last} is saved: continue with --resume")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def replay(o, model, run_step):
+    """Run one step again, on the weights of last.pt, and show every pass; nothing is updated or written."""
+
+    def report(micro, width, loss, idx):
+        kind = f"width {width:g}" if isinstance(width, float) else f"{type(width).__name__} {vars(width)}"
+        print(f"step {o.replay}, micro-batch {micro}, {len(idx)} sequences, {kind}: loss {loss.item():.4f}")
+
+    print(f"gradient norm {run_step(o.replay, report)[2].item():.4f}")
+    for name, p in model.named_parameters():
+        bad = [(~values.isfinite()).sum().item() for values in (p, p.grad)]
+        if any(bad):
+            print(f"{name}: {bad[0]} weights and {bad[1]} gradients are not finite")
 
 
 def main():
