@@ -240,7 +240,7 @@ class SlimmableMoE(nn.Module):
         super().__init__()
         E, H, d = config.n_expert, config.expert_hidden, config.n_embd
         self.top_k, self.n_shared, self.norm_topk_prob = config.top_k, config.n_shared, config.norm_topk_prob
-        self.balance_coef, self.z_coef = config.balance_coef, config.z_coef
+        self.balance_coef, self.z_coef, self.split_batch = config.balance_coef, config.z_coef, False
         self.router = nn.Linear(d, E, bias=False)
         self.register_buffer("bias", torch.zeros(E), persistent=config.bias_rate > 0)
         stack = (E + config.n_shared, H, d)  # shared experts come last
@@ -273,7 +273,11 @@ class SlimmableMoE(nn.Module):
         self.tokens += len(x)
         aux = torch.zeros((), device=x.device)
         if losses:  # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
-            balance = probs.size(1) * (load / expert.numel() * probs.mean(0)).sum()
+            share = load / expert.numel()
+            if self.split_batch and self.training:  # the rest of the batch is in other processes
+                torch.distributed.all_reduce(share)
+                share = share / share.sum()
+            balance = probs.size(1) * (share * probs.mean(0)).sum()
             aux = self.balance_coef * balance + self.z_coef * router_logits.logsumexp(-1).square().mean()
 
         widths = level = mask = None

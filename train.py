@@ -21,6 +21,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,7 +370,7 @@ def make_optimizer(model, o):
 @torch.no_grad()
 def sequence_losses(model, batches, width, device, dtype):
     """Mean loss of every sequence of batches [(idx, targets), ...] at one width, in nats per token: (sequences,)."""
-    losses = []
+    losses = [torch.zeros(0, device=device)]
     for idx, targets in batches:
         with autocast(device, dtype):
             logits = model(idx.to(device), width=width)[0]
@@ -486,7 +487,13 @@ def train(preset, o, given):
         start, best = checkpoint["step"], checkpoint["best"]
     if o.compile:
         model.body = torch.compile(model.body)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    parallel = model
+    if world > 1:
+        # the buffers count what each process did. (New names for this option are not in every version yet.)
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        for moe in moes:
+            moe.split_batch = rows != slice(None)
     eval_widths = EVAL_WIDTHS if o.n_expert > 1 else (1.0,)
 
     def say(text):
@@ -522,7 +529,7 @@ def train(preset, o, given):
         losses = {}
         for width in eval_widths:
             model.read_stats()
-            mine = sequence_losses(model, val_batches[rank::world], width, device, dtype).double()
+            mine = sequence_losses(model, val_batches, width, device, dtype).double()
             total = sum_over_processes(torch.tensor([mine.sum(), len(mine)], dtype=torch.float64).to(device))
             losses[width] = (total[0] / total[1]).item()
             if width == 1 and moes:
@@ -597,6 +604,7 @@ def train(preset, o, given):
     signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGTERM, on_interrupt)
     val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
+    val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
     if start == 0:
         evaluate(0)
     else:
