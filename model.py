@@ -305,6 +305,10 @@ class SlimmableMoE(nn.Module):
         y = experts(x.to(dtype), expert, weight.to(dtype), neurons, level, mask)
         return y.view(shape), aux
 
+    @torch.compiler.disable  # with a width per token, the sizes of the products are new every time
+    def run_policy(self, x, neurons, losses=True):
+        return self.run(x, neurons, losses)
+
     def run_chunks(self, x, expert, weight, neurons, level, mask):
         """The experts' weighted outputs (N, d), at one number of neurons or at the width levels (N, k) of the slots."""
         chunk = sizes = limit = None
@@ -430,7 +434,10 @@ class Block(nn.Module):
     def forward(self, x, neurons, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         h = self.ln_2(x)
-        y, aux = self.mlp.run(h, neurons, losses=cache is None) if self.moe else (self.mlp(h), 0.0)
+        if not self.moe:
+            return x + self.dropout(self.mlp(h)), 0.0
+        run = self.mlp.run if isinstance(neurons, int) else self.mlp.run_policy
+        y, aux = run(h, neurons, losses=cache is None)
         return x + self.dropout(y), aux
 
 

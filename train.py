@@ -307,10 +307,15 @@ KEYS = ("model", "config", "tokenizer", "vocab_size", "recipe", "step", "options
 def save_checkpoint(path, checkpoint):
     """Write so that path always holds a complete checkpoint: the old one until the new one is on the disk."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:  # torch wraps what the disk says in a RuntimeError
+        Path(temporary).unlink(missing_ok=True)
+        reason = (e.__context__ if isinstance(e, RuntimeError) else None) or e
+        raise UsageError(f"{path} could not be written ({str(reason).splitlines()[0]}): the one before is intact") from e
     os.replace(temporary, path)
 
 
