@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import GPT, MLP, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, width_to_neurons
+from model import GPT, GRID, MLP, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, width_to_neurons
 from prepare import Parser, run
 from train import (
     PRESETS, TrainConfig, autocast, choose_device, load_checkpoint, load_model, make_config, make_optimizer,
@@ -61,11 +61,63 @@ def calibrate(model, batches, budget, device, dtype, lr=0.1):
     return gamma.item()
 
 
+class Skip:
+    """Width policy: a selected expert runs whole if its probability exceeds `share` of the likeliest one's, or not at
+    all. share=1 leaves the likeliest."""
+
+    renormalize = True
+
+    def __init__(self, share):
+        self.share = share
+
+    def widths(self, probs):
+        keep = probs > self.share * probs.amax(-1, keepdim=True)
+        return (keep | (probs == probs.amax(-1, keepdim=True))).to(probs.dtype)
+
+
+class TopP:
+    """Width policy: the likeliest of the selected experts whose probabilities, renormalised, sum to more than p run
+    whole, the others not at all."""
+
+    renormalize = True
+
+    def __init__(self, p):
+        self.p = p
+
+    def widths(self, probs):
+        p, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
+        before = p.cumsum(-1) - p  # what the likelier ones have
+        return torch.zeros_like(probs).scatter(-1, order, (before <= self.p).to(probs.dtype))
+
+
+class AcrossTokens:
+    """Width policy for top_k=1, where a token has nothing to split: w = scale * p^gamma, so that confident tokens get
+    more, and the budget holds on average over tokens. fit_scale finds the scale."""
+
+    def __init__(self, budget, gamma, scale):
+        self.budget, self.gamma, self.scale = budget, gamma, scale
+
+    def widths(self, probs):
+        return ((self.scale * probs**self.gamma).clamp(1 / GRID, 1) * GRID).round() / GRID
+
+
+@torch.no_grad()
+def fit_scale(model, batches, budget, gamma, device, dtype):
+    """Bisect the scale of AcrossTokens until the measured mean width on batches is the budget."""
+    low, high = 0.0, 20.0
+    for _ in range(12):
+        scale = (low + high) / 2
+        model.read_stats()
+        sequence_losses(model, batches, AcrossTokens(budget, gamma, scale), device, dtype)
+        low, high = (scale, high) if model.read_stats()[0] < budget else (low, scale)
+    return AcrossTokens(budget, gamma, (low + high) / 2)
+
+
 def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
     """Measure every policy and budget of one checkpoint: a list of dicts, one per point, in a fixed order."""
     k, moes = model.config.top_k, [block.mlp for block in model.transformer.h if block.moe]
     tokens = sum(idx.numel() for idx, _ in val)
-    points, uniform = [], {}
+    points, uniform, slim = [], {}, checkpoint["recipe"] not in ("moe", "m-moe")
 
     def measure(policy, budget, gamma, width, experts=k):
         for moe in moes:
@@ -80,7 +132,7 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
             moe.top_k = k
         total, expert = model.flops_per_token(width_run)  # counted from what ran
         point = dict(
-            checkpoint=str(path), recipe=checkpoint["recipe"], policy=policy, budget=budget, gamma=gamma,
+            checkpoint=str(path), recipe=checkpoint["recipe"], policy=policy, budget=budget or mean_width, gamma=gamma,
             mean_width=mean_width, loss=losses.mean().item(), flops_total=total, flops_expert=expert,
             tokens_per_s=tokens / seconds,
         )  # fmt: skip
@@ -98,15 +150,20 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
         print_point(point, first=len(points) == 1)
 
     measure("uniform", 1.0, None, 1.0)
-    if checkpoint["recipe"] == "moe":
-        if moes:
-            for budget in BUDGETS[1:]:
-                measure("truncated", budget, None, budget)
-            for experts in range(k - 1, 0, -1):
-                measure("fewer experts", experts / k, None, 1.0, experts)
-        return points
-    for budget in BUDGETS[1:]:
-        measure("uniform", budget, None, budget)
+    if moes and k > 1:  # whole experts or none; the budget is what that comes to
+        for experts in {k // 2, k // 4, 1} - {0}:
+            measure("fewer experts", experts / k, None, 1.0, experts)
+        for share in (0.4, 0.7):
+            measure("skip", None, None, Skip(share))
+        for p in (0.4, 0.7) if k > 2 else ():  # with two experts, it is skipping by another name
+            measure("top-p", None, None, TopP(p))
+    for budget in BUDGETS[1:] if moes else ():
+        measure("uniform" if slim else "truncated", budget, None, budget)
+        if not slim:
+            continue
+        if k == 1:
+            measure("across tokens", budget, 1.0, fit_scale(model, calibration[:5], budget, 1.0, device, dtype))
+            continue
         measure("router", budget, 1.0, RouterWidth(budget, 1.0))
         gamma = calibrate(model, calibration, budget, device, dtype)
         measure("calibrated", budget, gamma, RouterWidth(budget, gamma))
@@ -125,7 +182,7 @@ def print_point(p, first):
     versus = f"{p['minus_uniform']:+.4f} ± {p['minus_uniform_se']:.4f}" if "minus_uniform" in p else ""
     quality = p.get("bits_per_byte", p.get("perplexity"))
     print(
-        f"{p['policy']:<14} {p['budget']:>6g} {gamma:>6} {p['mean_width']:>6.3f} {p['loss']:>7.4f} "
+        f"{p['policy']:<14} {p['budget']:>6.3g} {gamma:>6} {p['mean_width']:>6.3f} {p['loss']:>7.4f} "
         f"{quality:>10.3f}  {versus:>17} {p['flops_total'] / 1e6:>12.3f} {p['flops_expert'] / 1e6:>8.3f} "
         f"{p['tokens_per_s']:>9,.0f}",
         flush=True,
@@ -146,15 +203,16 @@ def plot_frontier(points, path):
     for (checkpoint, policy), curve in list(curves.items()):
         full = fulls[checkpoint]
         if policy != "uniform":  # all policies are one at full width
-            curve.insert(0, full)
-        elif full["recipe"] == "moe":
+            curve.append(full)
+            curve.sort(key=lambda p: -p["flops_total"])
+        elif full["recipe"] in ("moe", "m-moe"):
             curves[checkpoint, "full width"] = curves.pop((checkpoint, policy))
     fig, ax = plt.subplots(figsize=(8, 5), dpi=150)
     for i, ((checkpoint, policy), curve) in enumerate(curves.items()):
         several = len({c for c, _ in curves}) > 1
         label = f"{Path(checkpoint).parent.name}: {policy}" if several else policy
         x, y = [p["flops_total"] / 1e6 for p in curve], [p["bits_per_byte" if byte else "loss"] for p in curve]
-        line = "--" if curve[0]["recipe"] == "moe" else "-"
+        line = "--" if curve[0]["recipe"] in ("moe", "m-moe") else "-"
         ax.plot(x, y, marker=MARKERS[i % 7], color=COLORS[i % 7], linestyle=line, label=label)
     slim = [p["bits_per_byte" if byte else "loss"] for p in points if p["recipe"] != "moe" or p["mean_width"] == 1]
     low, high = min(slim), max(slim)

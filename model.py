@@ -267,6 +267,11 @@ class SlimmableMoE(nn.Module):
         probs = router_logits.softmax(-1)  # (N, E)
         expert = (probs + self.bias).topk(self.top_k).indices  # (N, k)
         top_p = probs.gather(-1, expert)
+        widths = level = mask = None
+        if not isinstance(neurons, int):
+            widths = neurons.widths(top_p.detach())
+            if getattr(neurons, "renormalize", False):
+                top_p = top_p * (widths > 0)
         weight = top_p / top_p.sum(-1, keepdim=True) if self.norm_topk_prob else top_p
         load = torch.zeros_like(self.load).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
         self.load += load
@@ -280,12 +285,6 @@ class SlimmableMoE(nn.Module):
             balance = probs.size(1) * (share * probs.mean(0)).sum()
             aux = self.balance_coef * balance + self.z_coef * router_logits.logsumexp(-1).square().mean()
 
-        widths = level = mask = None
-        if not isinstance(neurons, int):
-            widths = neurons.widths(top_p.detach())
-            if getattr(neurons, "renormalize", False):  # over the experts that run
-                weight = weight * (widths > 0)
-                weight = weight / weight.sum(-1, keepdim=True)
         if self.n_shared:
             shared = torch.arange(probs.size(1), len(self.w_in), device=x.device).expand(len(x), -1)
             expert, weight = torch.cat([expert, shared], 1), torch.cat([weight, torch.ones_like(shared)], 1)

@@ -27,6 +27,7 @@ from model import GPT, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError
 torch.set_num_threads(1)  # the models are tiny
 HERE = Path(__file__).parent
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+LONG = pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: make test-long")
 WIDTHS = [1.0, 0.75, 0.5, 0.05]
 SHAPES = [  # tokens, d, H, E, k
     (1, 16, 32, 4, 2), (3, 32, 64, 64, 2), (50, 64, 256, 8, 2), (200, 24, 40, 5, 1), (120, 48, 128, 16, 6),
@@ -43,10 +44,10 @@ def config(**kwargs):
     return GPTConfig(**{**base, **kwargs})
 
 
-def make_layer(d, H, E, k, seed=0, scale=10.0):
+def make_layer(d, H, E, k, seed=0, scale=10.0, **kwargs):
     """A layer with weights large enough for a router that has opinions and outputs that are far from zero."""
     torch.manual_seed(seed)
-    layer = SlimmableMoE(config(n_embd=d, n_head=1, expert_hidden=H, n_expert=E, top_k=k))
+    layer = SlimmableMoE(config(n_embd=d, n_head=1, expert_hidden=H, n_expert=E, top_k=k, **kwargs))
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_(std=0.02 * scale)
@@ -55,19 +56,37 @@ def make_layer(d, H, E, k, seed=0, scale=10.0):
 
 def reference_moe(layer, x, width):
     """Token by token, expert by expert, in float64; routing decisions in float32 as the layer makes them."""
-    w_in, w_out, H = layer.w_in.double(), layer.w_out.double(), layer.w_in.size(1)
+    w_in, w_out, (E, H) = layer.w_in.double(), layer.w_out.double(), (layer.router.out_features, layer.w_in.size(1))
     out = []
     for token in x.reshape(-1, x.size(-1)):
         p = F.softmax(F.linear(token.float(), layer.router.weight.float()), dim=-1)
-        p, expert = p.topk(layer.top_k)
-        widths = [width] * layer.top_k if isinstance(width, float) else width.widths(p.detach()[None])[0].tolist()
+        expert = (p + layer.bias).topk(layer.top_k).indices.tolist() + list(range(E, E + layer.n_shared))
+        p = torch.cat([p, p.new_ones(layer.n_shared)])[expert]
+        routed = p[: layer.top_k]
+        if isinstance(width, float):
+            widths = [width] * len(p)
+        else:
+            widths = width.widths(routed.detach()[None])[0].tolist()
+            if getattr(width, "renormalize", False):
+                routed = routed * torch.tensor([w > 0 for w in widths])
+            widths += [getattr(width, "budget", 1.0)] * layer.n_shared
+        weights = torch.cat([routed / routed.sum() if layer.norm_topk_prob else routed, p[layer.top_k :]])
         y = torch.zeros(x.size(-1), dtype=torch.float64, device=x.device)
-        for p_e, e, w in zip(p / p.sum(), expert, widths):
+        for p_e, e, w in zip(weights, expert, widths):
             if w > 0:
                 h = width_to_neurons(w, H)
                 y = y + p_e.double() * (F.gelu(w_in[e, :h] @ token.double()) @ w_out[e, :h])
         out.append(y)
     return torch.stack(out).view(x.shape)
+
+
+class OnlyFirst:
+    """A policy that leaves every token its likeliest expert, alone."""
+
+    renormalize = True
+
+    def widths(self, probs):
+        return (torch.arange(probs.size(-1)) == 0).float().expand(probs.shape)
 
 
 def relative_error(a, b):
@@ -154,6 +173,41 @@ class TestLayer:
         x = torch.randn(n, sizes[0], device=device)
         y, _ = layer(x, width)
         assert y.shape == x.shape and relative_error(y, reference_moe(layer, x, width)) < 1e-4
+
+    @pytest.mark.parametrize("width", [1.0, 0.4, RouterWidth(0.3, 2.0), OnlyFirst()])
+    @pytest.mark.parametrize("regime", [
+        dict(n_shared=1), dict(n_shared=2, norm_topk_prob=False), dict(bias_rate=0.01), dict(norm_topk_prob=False),
+    ], ids=str)  # fmt: skip
+    def test_every_routing_regime_is_the_slow_formula(self, regime, width):
+        layer, x = make_layer(32, 64, 6, 3, **regime), torch.randn(40, 32, requires_grad=True)
+        if "bias_rate" in regime:
+            layer.bias += torch.linspace(-0.5, 0.5, 6)
+            assert "bias" in layer.state_dict()  # a resumed run needs it
+        y, slow = layer(x, width)[0], reference_moe(layer, x, width)
+        assert relative_error(y, slow) < 1e-4
+        with torch.no_grad():
+            assert relative_error(layer(x[:1], width)[0], slow[:1]) < 1e-4  # decoding
+        inputs, g = [x, layer.w_in, layer.w_out, layer.router.weight], torch.randn_like(y)
+        for a, b in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(slow, inputs, g.double())):
+            assert (b.norm() < 1e-5 and a.norm() < 1e-5) or relative_error(a, b) < 1e-4
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_it_is_the_slow_formula_on_random_shapes(self, seed):
+        rng = np.random.default_rng(seed)
+        d, H, E = (int(8 * rng.integers(1, 8)) for _ in range(3))
+        k, n = int(rng.integers(1, E + 1)), int(rng.integers(1, 40))
+        layer, x = make_layer(d, H, E, k), torch.randn(n, d)
+        for width in (float(rng.uniform(0.01, 1)), RouterWidth(rng.uniform(0.05, 1), rng.uniform(0, 4))):
+            assert relative_error(layer(x, width)[0], reference_moe(layer, x, width)) < 1e-4
+
+    def test_its_gradients_are_finite_differences(self):
+        layer, x = make_layer(8, 16, 3, 2).double(), torch.randn(5, 8, dtype=torch.float64)
+        for width in (1.0, 0.5, RouterWidth(0.5, 1.0)):
+
+            def f(w_in, w_out, width=width):
+                return torch.func.functional_call(layer, dict(w_in=w_in, w_out=w_out), (x, width))[0]
+
+            assert torch.autograd.gradcheck(f, (layer.w_in, layer.w_out))
 
     @pytest.mark.parametrize("width", WIDTHS + [RouterWidth(0.5, 1.0), RouterWidth(0.25, 5.0)])
     @pytest.mark.parametrize("shape", SHAPES[:3])
@@ -392,7 +446,8 @@ class TestGPT:
         )
 
     @pytest.mark.parametrize(
-        "sizes", [dict(), dict(n_expert=1, top_k=1), dict(moe_every=1, top_k=3, n_expert=8, n_layer=3)]
+        "sizes",
+        [dict(), dict(n_expert=1, top_k=1), dict(moe_every=1, top_k=3, n_expert=8, n_layer=3), dict(n_shared=2)],
     )
     def test_flops_are_those_that_torch_counts(self, sizes):
         from torch.utils.flop_counter import FlopCounterMode
@@ -408,9 +463,8 @@ class TestGPT:
             with counter, torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
                 model(idx, width=width)
             mean_width, width_run, _ = model.read_stats() if model.config.n_expert > 1 else (1.0, 1.0, None)
-            combine = (
-                2 * model.config.top_k * 32 * sum(b.moe for b in model.transformer.h)
-            )  # weighting experts' outputs
+            slots = model.config.top_k + model.config.n_shared
+            combine = 2 * slots * 32 * sum(b.moe for b in model.transformer.h)  # weighting experts' outputs
             total, expert = model.flops_per_token(width_run, 32)
             assert counter.get_total_flops() / idx.numel() == pytest.approx(total + combine, rel=1e-3)
             nominal = width if isinstance(width, float) else width.budget
@@ -453,9 +507,22 @@ class TestGPT:
                 assert relative_error(a, b) < (1e-5 if dtype == torch.float32 else 0.1)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2  # the first width, then any width
 
+    def test_compiled_router_widths_of_any_budget_share_graphs_too(self):
+        torch._dynamo.reset()
+        model, idx = GPT(config(n_layer=1)), torch.randint(0, 64, (2, 32))
+        body = model.body
+        model.body = torch.compile(body)
+        counts = []
+        for budget, gamma in ((0.5, 1.0), (0.3, 2.0), (0.7, 0.5), (0.2, 3.0)):
+            _, loss, _ = model(idx, idx, RouterWidth(budget, gamma))
+            loss.backward()
+            assert relative_error(loss.detach(), body(idx, idx, RouterWidth(budget, gamma), None)[1].detach()) < 1e-5
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert counts[0] == counts[-1]
+
     @pytest.mark.parametrize("bad", [
         dict(top_k=5), dict(expert_hidden=12), dict(n_embd=33), dict(n_embd=36, n_head=2), dict(n_layer=0),
-        dict(dropout=1.0),
+        dict(dropout=1.0), dict(n_shared=-1), dict(n_shared=1, n_expert=1),
     ])  # fmt: skip
     def test_a_config_that_cannot_work_is_refused(self, bad):
         with pytest.raises(UsageError, match=next(iter(bad))):
@@ -780,6 +847,185 @@ class TestTrain:
     def test_help_explains_every_option(self, workshop):
         status, out, _ = command("train", "--help", cwd=workshop)
         assert status == 0 and all(f"--{name}" in out for name in train.TrainConfig.__dataclass_fields__)
+
+
+    def test_recipes_run_the_passes_they_promise(self):
+        options = lambda recipe: train.TrainConfig(recipe=recipe)  # noqa: E731
+        rng = np.random.default_rng(0)
+        probs = torch.rand(50, 2).sort(-1, descending=True).values
+        for _ in range(50):
+            passes = {recipe: train.training_passes(options(recipe), rng) for recipe in train.RECIPES}
+            assert passes["moe"] == [(0, 1, 1.0)]
+            assert [p[:2] for p in passes["serve"]] == [p[:2] for p in passes["mose"]] == [(0, 1), (0, 1)]
+            assert [p[:2] for p in passes["half"]] == [(0, 0.5), (0.5, 1)]
+            assert all(passes[recipe][0][2] == 1.0 for recipe in ("serve", "half", "mose"))
+            assert passes["mose"][1][2] in train.TRAIN_WIDTHS
+            assert all(isinstance(passes[recipe][1][2], RouterWidth) for recipe in ("serve", "half"))
+            ((_, _, policy),) = passes["m-moe"]
+            widths = policy.widths(probs)
+            assert widths.tolist() in ([[1, 0]] * 50, [[1, 1]] * 50) and policy.renormalize
+        drawn = {policy.widths(probs)[0, 1].item() for _ in range(20)}
+        assert drawn == {0, 1}, "one number of experts for all layers"
+
+    @pytest.mark.parametrize("recipe", ["serve", "half", "m-moe"])
+    def test_every_recipe_learns(self, inside, tmp_path, recipe):
+        call(train, "demo", *TINY, f"--out_dir={tmp_path}/r", f"--recipe={recipe}")
+        lines = [json.loads(line) for line in open(tmp_path / "r/log.jsonl")]
+        val = [line["val_loss"]["1"] for line in lines if "val_loss" in line]
+        assert val[-1] < val[0] - 1.5
+        assert ("loss_full" in lines[1]) == (recipe != "m-moe") and lines[1]["loss_narrow"] > 0
+
+    def test_a_narrow_model_has_narrow_experts(self):
+        o = train.TrainConfig(train_width=0.25, n_embd=128)
+        assert train.make_config(o, 257).expert_hidden == 128 and train.make_config(o, 257).vocab_size == 320
+
+    def test_a_bias_balances_the_experts_without_a_loss(self, inside, tmp_path):
+        spread = {}
+        for rate in (0, 0.05):
+            out = tmp_path / str(rate)
+            call(train, "demo", *TINY, f"--out_dir={out}", "--recipe=moe", "--balance_coef=0", f"--bias_rate={rate}")
+            last = [json.loads(line) for line in open(out / "log.jsonl")][-1]
+            spread[rate] = max(last["busiest"]) - min(last["idlest"])
+            model = torch.load(out / "last.pt", weights_only=True)["model"]
+            assert ("transformer.h.0.mlp.bias" in model) == (rate > 0)
+        assert spread[0.05] < 0.6 * spread[0]
+
+    def test_two_runs_of_the_same_command_write_the_same_log(self, inside, tmp_path):
+        keep = lambda line: {k: v for k, v in json.loads(line).items() if "seconds" not in k and k != "tokens_per_s"}  # noqa: E731
+        logs = []
+        for name in ("a", "b"):
+            call(train, "demo", *TINY, f"--out_dir={tmp_path}/{name}", "--dropout=0.1", "--recipe=half")
+            logs.append([keep(line) for line in open(tmp_path / name / "log.jsonl")])
+        assert logs[0] == logs[1]
+
+    @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=LONG)])
+    def test_a_run_killed_at_random_moments_loses_nothing(self, inside, tmp_path, kills):
+        whole = torch.load("out/mose/last.pt", weights_only=True)
+        out, rng = tmp_path / "k", np.random.default_rng(kills)
+        every = [*TINY, f"--out_dir={out}", "--eval_interval=1"]  # so that a good part of the time goes into saving
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        killed = 0
+        while killed < kills:
+            resume = ["--resume"] if (out / "last.pt").exists() else []
+            process = subprocess.Popen(
+                [sys.executable, HERE / "train.py", "demo", *every, *resume], stdout=subprocess.PIPE, text=True, env=env
+            )
+            process.stdout.readline()  # from here on it works
+            try:
+                process.wait(rng.uniform(0.1, 1.5 if kills < 10 else 0.6))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            status, rest = process.wait(), process.stdout.read()
+            assert status in (0, -9), rest
+            for name in ("ckpt.pt", "last.pt"):  # whole, or not there at all
+                if (out / name).exists():
+                    train.load_checkpoint(out / name)
+            if status == 0:  # all steps done: begin again
+                self.assert_same(whole, torch.load(out / "last.pt", weights_only=True))
+                shutil.rmtree(out)
+        call(train, "demo", *every, *(["--resume"] if (out / "last.pt").exists() else []))
+        self.assert_same(whole, torch.load(out / "last.pt", weights_only=True))
+
+    @staticmethod
+    def assert_same(a, b):
+        """The same parameters and the same optimizer state, bit for bit."""
+        assert a["step"] == b["step"] and all(torch.equal(p, b["model"][name]) for name, p in a["model"].items())
+        for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+            assert all(torch.equal(x[key], y[key]) for key in x)
+
+    def test_a_stop_in_the_middle_of_an_accumulation_changes_nothing(self, inside, tmp_path):
+        for name, steps in (("whole", 12), ("parts", 5)):
+            call(train, "demo", *TINY, f"--out_dir={tmp_path}/{name}", "--batch_size=4", f"--steps={steps}")
+        # the schedule ends elsewhere, so only the options differ: the first run's are what the second resumes to
+        call(train, "demo", f"--out_dir={tmp_path}/parts", "--resume", "--steps=12")
+        a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+        assert a["step"] == b["step"] == 12
+
+    def test_a_second_run_in_the_same_folder_is_refused(self, inside, tmp_path):
+        lock = train.lock_folder(tmp_path / "x")
+        status, _, err = command("train", "demo", *TINY, f"--out_dir={tmp_path}/x", cwd=inside)
+        assert status == 2 and "another run" in err and not (tmp_path / "x/last.pt").exists()
+        lock.close()
+        assert command("train", "demo", *TINY, f"--out_dir={tmp_path}/x", "--steps=1", cwd=inside)[0] == 0
+
+    def test_a_full_disk_is_one_line_and_the_old_checkpoint_is_intact(self, inside, tmp_path):
+        call(train, "demo", *TINY, f"--out_dir={tmp_path}/x", "--steps=5")
+        limit = (tmp_path / "x/last.pt").stat().st_size // 2
+
+        def small_files():  # what a full disk is to one file
+            import resource
+            import signal
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        p = subprocess.run(
+            [sys.executable, HERE / "train.py", "demo", "--resume", f"--out_dir={tmp_path}/x", "--steps=9"],
+            capture_output=True, text=True, preexec_fn=small_files,
+        )  # fmt: skip
+        assert p.returncode == 2 and p.stderr.count("\n") == 1 and "could not be written" in p.stderr
+        assert train.load_checkpoint(tmp_path / "x/last.pt")["step"] == 5
+        assert not list((tmp_path / "x").glob("*.tmp"))
+
+    @pytest.mark.parametrize("recipe", ["moe", "mose", "half"])
+    def test_two_processes_train_as_one(self, inside, tmp_path, recipe):
+        options = [*TINY, f"--recipe={recipe}", "--steps=20", "--eval_tokens=1088"]  # an odd number of sequences
+
+        def losses(name, *launcher, **more):
+            args = [*options, f"--out_dir={tmp_path}/{name}", *(f"--{k}={v}" for k, v in more.items())]
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, *launcher, HERE / "train.py", "demo", *args], check=True, env=env)
+            log = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+            return [v for line in log for k, v in line.items() if k.startswith("loss")] + [
+                v for line in log for v in line.get("val_loss", {}).values()
+            ]
+
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        # two micro-batches: one each; one micro-batch: half of it each
+        for batch_size in (8, 16):
+            one = losses(f"1-{batch_size}", batch_size=batch_size)
+            two = losses(f"2-{batch_size}", *torchrun, batch_size=batch_size)
+            assert np.abs(np.array(one) - np.array(two)).max() < 1e-4 and len(one) > 8
+
+    def test_a_step_can_be_replayed(self, inside, capsys):
+        before = Path("out/mose/last.pt").stat().st_mtime_ns
+        call(train, "demo", "--out_dir=out/mose", "--replay=3")
+        out = capsys.readouterr().out
+        assert out.count("step 3, micro-batch") == 4 and "gradient norm" in out  # two micro-batches, two passes each
+        assert Path("out/mose/last.pt").stat().st_mtime_ns == before
+
+    def test_a_collapsing_router_is_named(self, inside, tmp_path, capsys, monkeypatch):
+        class Collapsed(GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.transformer.h[1].mlp.bias += torch.tensor([9.0] * 2 + [0.0] * 6)
+
+        monkeypatch.setattr(train, "GPT", Collapsed)
+        call(train, "demo", *TINY, f"--out_dir={tmp_path}/c", "--n_expert=8", "--eval_interval=10")
+        out = capsys.readouterr().out
+        assert "expert of MoE layer 1 gets 4.0 times" in out and "MoE layer 0" not in out
+
+    @pytest.mark.parametrize("steps", [400, pytest.param(2000, marks=LONG)])
+    def test_memory_does_not_grow(self, inside, tmp_path, steps):
+        script = f"""
+import json, os, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+resident = {{}}
+load = train.Shards.random_batch
+def watch(self, seed, step, *args):
+    if step in ({steps} // 10, {steps} - 1):
+        resident[step] = int(open("/proc/self/statm").read().split()[1])
+    return load(self, seed, step, *args)
+train.Shards.random_batch = watch
+sys.argv = ["train.py", "demo", *{TINY!r}, "--out_dir={tmp_path}/m", "--steps={steps}", "--recipe=serve"]
+train.main()
+print(json.dumps(list(resident.values())))
+"""
+        p = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        early, late = json.loads(p.stdout.splitlines()[-1])
+        assert late < 1.05 * early
 
 
 class TestBench:

@@ -302,6 +302,7 @@ def open_dataset(dataset, block_size):
 # Checkpoints
 
 KEYS = ("model", "config", "tokenizer", "vocab_size", "recipe", "step", "options")
+RESUME_KEYS = KEYS + ("optimizer", "best", "flops", "preset")
 
 
 def save_checkpoint(path, checkpoint):
@@ -319,7 +320,7 @@ def save_checkpoint(path, checkpoint):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, keys=KEYS):
     """Read a checkpoint without running code from it. Raises UsageError if it is missing, damaged or not ours."""
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint {path}: train.py writes them")
@@ -327,7 +328,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise UsageError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from e
-    missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UsageError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
     return checkpoint
@@ -428,7 +429,7 @@ def sum_over_processes(tensor):
 
 def resumed(preset, o, given):
     """The options and the checkpoint of the run in out_dir, with what may change taken from the command line."""
-    checkpoint = load_checkpoint(Path(o.out_dir) / "last.pt")
+    checkpoint = load_checkpoint(Path(o.out_dir) / "last.pt", RESUME_KEYS)
     saved = checkpoint["options"]
     for name in given - MAY_CHANGE:
         if saved[name] != getattr(o, name):
@@ -485,11 +486,11 @@ def train(preset, o, given):
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, o)
     moes = [block.mlp for block in model.transformer.h if block.moe]
-    start, best, collapsed = 0, math.inf, set()
+    start, best, collapsed, flops, passed = 0, math.inf, set(), 0.0, 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, best = checkpoint["step"], checkpoint["best"]
+        start, best, flops = checkpoint["step"], checkpoint["best"], checkpoint["flops"]
     if o.compile:
         model.body = torch.compile(model.body)
     parallel = model
@@ -521,14 +522,21 @@ def train(preset, o, given):
     def save(path, step, **more):
         state = dict(
             model=model.state_dict(), config=dataclasses.asdict(config), tokenizer=tokenizer, vocab_size=vocab_size,
-            recipe=o.recipe, preset=preset, step=step, tokens=step * o.tokens_per_step, best=best,
+            recipe=o.recipe, preset=preset, step=step, tokens=step * o.tokens_per_step, best=best, flops=flops,
             options=dataclasses.asdict(o), **more,
         )  # fmt: skip
         if rank == 0:
             save_checkpoint(path, state)
 
+    def count_flops():
+        """Add what was spent since the last call: three forward passes' worth at the widths that ran."""
+        nonlocal flops, passed
+        flops += 3 * passed * world * model.flops_per_token(model.read_stats()[1] or 1.0)[0]
+        passed = 0
+
     def evaluate(step):
         nonlocal best, collapsed
+        count_flops()
         started = time.perf_counter()
         model.eval()
         losses = {}
@@ -569,6 +577,7 @@ def train(preset, o, given):
     def run_step(step, report=None):
         """Gradients of one step. Returns the mean losses of its passes at full width and of the others, the gradient
         norm and the share of processes that were told to stop, as one tensor. report is called after every pass."""
+        nonlocal passed
         sums = torch.zeros(2, device=device)
         n_passes = torch.zeros(2)
         for micro in micros:
@@ -588,6 +597,7 @@ def train(preset, o, given):
                     ((loss + aux) * ((stop - first) / whole / len(micros))).backward()
                 sums[int(width != 1)] += loss.detach()
                 n_passes[int(width != 1)] += 1
+                passed += idx[some].numel()
                 if report:
                     report(micro, width, loss, idx[some])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
@@ -641,7 +651,8 @@ def train(preset, o, given):
         if done % o.log_interval == 0 or done == o.steps:
             means = {name: value / steps_timed for name, value in sums.items() if value > 0}
             speed = steps_timed * o.tokens_per_step / seconds
-            log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed)
+            count_flops()
+            log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed, flops=flops)
             left = (o.steps - done) * (time.perf_counter() - began) / (done - start)
             shown = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
             say(f"step {done}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {int(left) // 60}m{int(left) % 60:02d}s left")
@@ -649,6 +660,7 @@ def train(preset, o, given):
         if done % o.eval_interval == 0 or done == o.steps:
             evaluate(done)
         if stopping:
+            count_flops()
             save(last, done, optimizer=optimizer.state_dict())
             say(f"stopped at step {done}; {last} is saved: continue with --resume")
             sys.exit(130)
