@@ -1,9 +1,10 @@
 # make demo: data, training, the quality-compute frontier and samples, on a CPU in minutes
-# make test: the proof that it is correct
+# make test: the proof that it is correct (make test-long: what takes longer)
+# make study: the numbers of the README, hours of training
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-long study clean
 
 demo: .venv/installed data/stdlib/meta.json
 	$(RUN) train.py demo $(if $(wildcard out/demo/last.pt),--resume)
@@ -12,6 +13,12 @@ demo: .venv/installed data/stdlib/meta.json
 
 test: .venv/installed
 	$(RUN) -m pytest -q -W ignore::DeprecationWarning test_model.py
+
+test-long: .venv/installed
+	LONG=1 $(RUN) -m pytest -q -W ignore::DeprecationWarning test_model.py
+
+study: .venv/installed data/stdlib/meta.json
+	$(RUN) bench.py study
 
 data/stdlib/meta.json: | .venv/installed
 	$(RUN) prepare.py stdlib

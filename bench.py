@@ -18,8 +18,12 @@ active FLOPs, in turns so that a noisy machine slows both. It prints a table and
 import dataclasses
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -594,6 +598,173 @@ def plot_speed(results, path):
 
 
 # -----------------------------------------------------------------------------
+# study: every method on the same axes
+
+TOP_1 = dict(n_expert=4, top_k=1, expert_hidden=1024, norm_topk_prob=False)  # all regimes: equal parameters, equal active
+FINE = dict(n_expert=32, top_k=8, expert_hidden=128)
+SHARED = dict(n_expert=31, top_k=7, n_shared=1, expert_hidden=128)
+BIAS = dict(balance_coef=0, bias_rate=0.001)
+STUDY = {  # name: (seeds, options of `train.py demo`)
+    "moe": (3, dict(recipe="moe")),
+    "narrow 0.5": (3, dict(recipe="moe", train_width=0.5)),
+    "narrow 0.25": (3, dict(recipe="moe", train_width=0.25)),
+    "serve": (3, dict(recipe="serve")),
+    "half": (3, dict(recipe="half")),
+    "half, more steps": (3, dict(recipe="half", steps=950)),  # as many training FLOPs as moe
+    "mose": (3, dict(recipe="mose")),
+    "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=1024)),
+    "m-moe": (1, dict(recipe="m-moe")),
+    "moe, top-1": (1, dict(recipe="moe", **TOP_1)),
+    "serve, top-1": (1, dict(recipe="serve", **TOP_1)),
+    "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
+    "serve, fine-grained": (1, dict(recipe="serve", **FINE)),
+    "moe, fine-grained and shared": (1, dict(recipe="moe", **SHARED)),
+    "serve, fine-grained and shared": (1, dict(recipe="serve", **SHARED)),
+    "moe, bias-balanced": (1, dict(recipe="moe", **BIAS)),
+    "serve, bias-balanced": (1, dict(recipe="serve", **BIAS)),
+}
+
+
+def study_run(row, seed, options, threads):
+    """Train one row of the study with one seed and measure its frontier, going on where an earlier call was stopped."""
+    folder = Path("out/study") / f"{row.replace(', ', '-').replace(' ', '-')}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    resume = ["--resume"] if (folder / "last.pt").exists() else []
+    commands = [["train.py", "demo", f"--out_dir={folder}", f"--seed={seed}", "--eval_interval=400", *flags, *resume]]
+    if not (folder / "frontier.json").exists():
+        commands.append(["bench.py", "frontier", str(folder / "last.pt"), "--eval_tokens=65536"])
+        with open(folder / "output.txt", "a") as output:
+            for command in commands:
+                command = [sys.executable, str(Path(__file__).parent / command[0]), *command[1:]]
+                env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                subprocess.run(command, check=True, stdout=output, stderr=output, env=env)
+    last = json.loads(open(folder / "log.jsonl").read().splitlines()[-2])  # before the last evaluation
+    frontier = json.loads((folder / "frontier.json").read_text())
+    return dict(
+        row=row, seed=seed, options=options, steps=last["step"], training_flops=last["flops"],
+        eval_tokens=frontier["tokens"], torch=frontier["torch"], hardware=frontier["hardware"],
+        points=frontier["points"],
+    )  # fmt: skip
+
+
+def study(o):
+    """Train and measure every row of STUDY that is not done, then write the table and the pictures."""
+    rows = o.rows.split(";") if o.rows else list(STUDY)
+    if unknown := [row for row in rows if row not in STUDY]:
+        raise UsageError(f"no row {unknown[0]!r} in the study; there are: {'; '.join(STUDY)}")
+    open_dataset("stdlib", 128)  # refuse before anything is spent
+    out = Path("results")
+    out.mkdir(exist_ok=True)
+    file = out / "study.json"
+    done = {(r["row"], r["seed"]): r for r in json.loads(file.read_text())["runs"]} if file.exists() else {}
+    tasks = [(row, 1337 + i) for i in range(3) for row in rows if i < STUDY[row][0]]
+    with ThreadPoolExecutor(o.jobs) as pool:
+        threads = max(1, os.cpu_count() // o.jobs)
+        futures = {pool.submit(study_run, row, seed, STUDY[row][1], threads): (row, seed) for row, seed in tasks}
+        for i, future in enumerate(as_completed(futures), 1):
+            done[futures[future]] = future.result()
+            runs = sorted(done.values(), key=lambda r: (list(STUDY).index(r["row"]), r["seed"]))
+            file.write_text(json.dumps(dict(runs=runs), indent=1) + "\n")
+            print(f"{i} of {len(tasks)}: {futures[future][0]}, seed {futures[future][1]}", flush=True)
+    report_study(runs, out)
+
+
+def best_point(run, budget):
+    """The point of least loss among the run's policies at this mean width, or None."""
+    points = [p for p in run["points"] if abs(p["mean_width"] - budget) < 0.03]
+    return min(points, key=lambda p: p["loss"]) if points else None
+
+
+def mean_and_error(values):
+    """(mean, standard error), as text."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
+
+
+def report_study(runs, out):
+    """results/study.md and the two pictures."""
+    rows = {}
+    for run in runs:
+        rows.setdefault(run["row"], []).append(run)
+    lines = [
+        "Validation loss in nats per byte, mean and standard error over seeds; made by `make study`.",
+        f"{runs[0]['hardware']}; torch {runs[0]['torch']}; {runs[0]['eval_tokens']:,} validation bytes.",
+        "",
+        "| training | seeds | steps | training FLOPs | full | budget 0.5, best policy | budget 0.25, best policy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, group in rows.items():
+        cells = [row, len(group), group[0]["steps"], f"{group[0]['training_flops']:.3g}"]
+        for budget in (1.0, 0.5, 0.25):
+            points = [best_point(run, budget) for run in group]
+            policies = "" if None in points else ", ".join(sorted({p["policy"] for p in points} - {"uniform"}))
+            loss = "" if None in points else mean_and_error([p["loss"] for p in points])
+            cells.append(loss + (f" ({policies})" if policies else ""))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "Differences, seed by seed:", "", "| | difference |", "|---|---|"]
+    for name, row, budget, other in (
+        ("full width, minus moe", None, 1.0, "moe"),
+        ("budget 0.5, minus moe at full width", None, 0.5, "moe"),
+        ("budget 0.5, minus an MoE trained at 0.5", None, 0.5, "narrow 0.5"),
+        ("budget 0.25, minus an MoE trained at 0.25", None, 0.25, "narrow 0.25"),
+    ):
+        for row in ("mose", "serve", "half", "half, more steps"):
+            theirs = {run["seed"]: best_point(run, 1.0)["loss"] for run in rows.get(other, [])}
+            pairs = [best_point(run, budget)["loss"] - theirs[run["seed"]] for run in rows.get(row, []) if run["seed"] in theirs]
+            if pairs:
+                lines.append(f"| {row}: {name} | {mean_and_error(pairs)} |")
+    (out / "study.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    plot_study(rows, out)
+
+
+def plot_study(rows, out):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def mean(group, budget, value):
+        points = [best_point(run, budget) for run in group]
+        return None if None in points else statistics.mean(p[value] for p in points)
+
+    fig, ax = plt.subplots(figsize=(8, 5.5), dpi=150)
+    narrow = [rows[row] for row in ("moe", "narrow 0.5", "narrow 0.25") if row in rows]
+    xy = [(mean(group, 1.0, "flops_total") / 1e6, mean(group, 1.0, "loss")) for group in narrow]
+    ax.plot(*zip(*xy), "k--", marker="o", label="standard MoEs, one trained for each width")
+    shown = [row for row in ("moe", "serve", "half", "half, more steps", "mose", "m-moe", "dense") if row in rows]
+    for i, row in enumerate(shown):
+        curve = [(mean(rows[row], b, "flops_total"), mean(rows[row], b, "loss")) for b in BUDGETS]
+        xy = [(x / 1e6, y) for x, y in curve if x is not None and y < xy[-1][1] + 0.1]
+        label = {"moe": "standard MoE, fewer experts or skipping", "mose": "mose, the paper's recipe"}.get(row, row)
+        ax.plot(*zip(*xy), marker=MARKERS[i], color=COLORS[i], label=label)
+    ax.set(xlabel="forward MFLOPs per byte, everything counted", ylabel="validation loss (nats per byte)")
+    ax.set_title("One training, every budget: each method at its best policy")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(out / "study.png")
+    plt.close(fig)
+
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4), dpi=130, sharey=True)
+    for ax, budget in zip(axes, (1.0, 0.5, 0.25)):
+        for i, (row, group) in enumerate(rows.items()):
+            loss = mean(group, budget, "loss")
+            if row.startswith("narrow"):
+                loss = mean(group, 1.0, "loss") if row == f"narrow {budget:g}" else None
+            if loss is not None and "," not in row.replace(", more", ""):
+                ax.plot(group[0]["training_flops"] / 1e12, loss, MARKERS[i % 7], color=COLORS[i % 7], label=row)
+        ax.set(title=f"run at {budget:g} of the experts", xlabel="training TFLOPs")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel("validation loss (nats per byte)")
+    fig.tight_layout()
+    fig.savefig(out / "training.png")
+    plt.close(fig)
+
+
+# -----------------------------------------------------------------------------
 
 
 def main():
@@ -621,7 +792,11 @@ def main():
     p.add_argument("--seconds", type=float, default=15.0, help="measuring time for each row; default 15")
     p.add_argument("--seed", type=int, default=1337, help="of weights and tokens; default 1337")
     p.set_defaults(run=speed)
-    for p in commands.choices.values():
+    p = commands.add_parser("study", description="train and compare every method at demo scale; hours on two cores")
+    p.add_argument("--rows", help="only these, with semicolons between; default all")
+    p.add_argument("--jobs", type=int, default=2, help="trainings at a time; default 2")
+    p.set_defaults(run=study)
+    for p in [commands.choices["frontier"], commands.choices["speed"]]:
         p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first there is")
         p.add_argument("--dtype", default="auto", help="bfloat16 or float32; default: bfloat16 where it is faster")
     o = parser.parse_args()

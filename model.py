@@ -53,8 +53,10 @@ class RouterWidth:
 
     budget: mean width over a token's selected experts, at most 1; the k of them share k * budget.
     gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width; a
-        large gamma at budget 1/k runs only the likeliest expert. A number, except while gamma is being learned (see
-        `calibrate` in bench.py): then a tensor that requires grad, and widths are continuous, off the grid.
+        large gamma at budget 1/k runs only the likeliest expert.
+
+    Both can be tensors (N, 1), one value per token: then they are not checked. If gamma is a tensor that requires grad,
+    it is being learned (see `calibrate` in bench.py), and widths are continuous, off the grid.
 
     Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place. If it has an
     attribute `budget`, that is the width of shared experts (else 1); if it has a true attribute `renormalize`, the
@@ -62,10 +64,11 @@ class RouterWidth:
     """
 
     def __init__(self, budget, gamma=1.0):
-        check_width(budget, "budget")
-        if budget < 1 / GRID:
-            raise UsageError(f"budget must be at least {1 / GRID}, one step of the width grid, not {budget}")
-        if not 0 <= gamma < math.inf:
+        if not torch.is_tensor(budget):
+            check_width(budget, "budget")
+            if budget < 1 / GRID:
+                raise UsageError(f"budget must be at least {1 / GRID}, one step of the width grid, not {budget}")
+        if not torch.is_tensor(gamma) and not 0 <= gamma < math.inf:
             raise UsageError(f"gamma must be a finite number of at least 0, not {gamma!r}")
         self.budget, self.gamma = budget, gamma
 
@@ -289,7 +292,7 @@ class SlimmableMoE(nn.Module):
             shared = torch.arange(probs.size(1), len(self.w_in), device=x.device).expand(len(x), -1)
             expert, weight = torch.cat([expert, shared], 1), torch.cat([weight, torch.ones_like(shared)], 1)
             if widths is not None:
-                budget = torch.full_like(shared, getattr(neurons, "budget", 1.0), dtype=widths.dtype)
+                budget = torch.ones_like(shared, dtype=widths.dtype) * getattr(neurons, "budget", 1.0)
                 widths = torch.cat([widths, budget], 1)
         if widths is not None:
             if widths.requires_grad:  # gamma is being learned: all neurons run, and count more or less

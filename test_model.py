@@ -58,26 +58,28 @@ def reference_moe(layer, x, width):
     """Token by token, expert by expert, in float64; routing decisions in float32 as the layer makes them."""
     w_in, w_out, (E, H) = layer.w_in.double(), layer.w_out.double(), (layer.router.out_features, layer.w_in.size(1))
     out = []
-    for token in x.reshape(-1, x.size(-1)):
-        p = F.softmax(F.linear(token.float(), layer.router.weight.float()), dim=-1)
-        expert = (p + layer.bias).topk(layer.top_k).indices.tolist() + list(range(E, E + layer.n_shared))
-        p = torch.cat([p, p.new_ones(layer.n_shared)])[expert]
-        routed = p[: layer.top_k]
+    x, shape = x.reshape(-1, x.size(-1)), x.shape
+    # decisions are made for all tokens at once: float32 rounds a little differently one by one, and ties would flip
+    probs = F.softmax(F.linear(x.float(), layer.router.weight.float()), dim=-1)
+    experts = (probs + layer.bias).topk(layer.top_k).indices
+    all_widths = None if isinstance(width, float) else width.widths(probs.gather(-1, experts).detach())
+    for n, token in enumerate(x):
+        expert, routed = experts[n].tolist() + list(range(E, E + layer.n_shared)), probs[n, experts[n]]
         if isinstance(width, float):
-            widths = [width] * len(p)
+            widths = [width] * len(expert)
         else:
-            widths = width.widths(routed.detach()[None])[0].tolist()
+            widths = [round(20 * w) / 20 for w in all_widths[n].tolist()]  # the grid in float64
             if getattr(width, "renormalize", False):
                 routed = routed * torch.tensor([w > 0 for w in widths])
             widths += [getattr(width, "budget", 1.0)] * layer.n_shared
-        weights = torch.cat([routed / routed.sum() if layer.norm_topk_prob else routed, p[layer.top_k :]])
-        y = torch.zeros(x.size(-1), dtype=torch.float64, device=x.device)
+        weights = torch.cat([routed / routed.sum() if layer.norm_topk_prob else routed, routed.new_ones(layer.n_shared)])
+        y = torch.zeros(len(token), dtype=torch.float64, device=token.device)
         for p_e, e, w in zip(weights, expert, widths):
             if w > 0:
                 h = width_to_neurons(w, H)
                 y = y + p_e.double() * (F.gelu(w_in[e, :h] @ token.double()) @ w_out[e, :h])
         out.append(y)
-    return torch.stack(out).view(x.shape)
+    return torch.stack(out).view(shape)
 
 
 class OnlyFirst:
@@ -150,6 +152,13 @@ class TestWidths:
             probs, budget, gamma = rng.dirichlet(np.ones(rng.integers(1, 7))), rng.uniform(0.1, 1), rng.uniform(0, 4)
             fast = RouterWidth(budget, gamma).widths(torch.tensor(probs)[None])[0].numpy()
             assert np.abs(fast - slow(probs, budget, gamma)).max() <= 0.025 + 1e-6
+
+    def test_every_token_can_have_its_own_budget_and_gamma(self):
+        probs, budget, gamma = torch.rand(50, 3).softmax(-1), torch.rand(50, 1) * 0.9 + 0.05, torch.rand(50, 1) * 3
+        widths = RouterWidth(budget, gamma).widths(probs)
+        for i in range(50):
+            alone = RouterWidth(budget[i].item(), gamma[i].item()).widths(probs[i : i + 1])
+            assert (widths[i] - alone).abs().max() <= 0.05 + 1e-6 and (widths[i] == alone).float().mean() > 0.5
 
     def test_gamma_0_is_uniform_and_a_large_gamma_is_top_1(self):
         probs = torch.tensor([[0.5, 0.3], [0.9, 0.1]])
@@ -860,7 +869,10 @@ class TestTrain:
             assert [p[:2] for p in passes["half"]] == [(0, 0.5), (0.5, 1)]
             assert all(passes[recipe][0][2] == 1.0 for recipe in ("serve", "half", "mose"))
             assert passes["mose"][1][2] in train.TRAIN_WIDTHS
-            assert all(isinstance(passes[recipe][1][2], RouterWidth) for recipe in ("serve", "half"))
+            for recipe in ("serve", "half"):
+                budget, gamma = passes[recipe][1][2]
+                assert len(budget.unique()) == 16 and 0.1 <= budget.min() and budget.max() < 0.95
+                assert 0 <= gamma.min() and gamma.max() < 3
             ((_, _, policy),) = passes["m-moe"]
             widths = policy.widths(probs)
             assert widths.tolist() in ([[1, 0]] * 50, [[1, 1]] * 50) and policy.renormalize
@@ -876,19 +888,19 @@ class TestTrain:
         assert ("loss_full" in lines[1]) == (recipe != "m-moe") and lines[1]["loss_narrow"] > 0
 
     def test_a_narrow_model_has_narrow_experts(self):
-        o = train.TrainConfig(train_width=0.25, n_embd=128)
+        o = train.TrainConfig(train_width=0.25, n_embd=128, n_head=4)
         assert train.make_config(o, 257).expert_hidden == 128 and train.make_config(o, 257).vocab_size == 320
 
     def test_a_bias_balances_the_experts_without_a_loss(self, inside, tmp_path):
         spread = {}
-        for rate in (0, 0.05):
+        for rate in (0, 0.01):
             out = tmp_path / str(rate)
             call(train, "demo", *TINY, f"--out_dir={out}", "--recipe=moe", "--balance_coef=0", f"--bias_rate={rate}")
             last = [json.loads(line) for line in open(out / "log.jsonl")][-1]
             spread[rate] = max(last["busiest"]) - min(last["idlest"])
             model = torch.load(out / "last.pt", weights_only=True)["model"]
             assert ("transformer.h.0.mlp.bias" in model) == (rate > 0)
-        assert spread[0.05] < 0.6 * spread[0]
+        assert spread[0.01] < 0.7 * spread[0]
 
     def test_two_runs_of_the_same_command_write_the_same_log(self, inside, tmp_path):
         keep = lambda line: {k: v for k, v in json.loads(line).items() if "seconds" not in k and k != "tokens_per_s"}  # noqa: E731

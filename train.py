@@ -37,8 +37,8 @@ from prepare import MAGIC, VERSION, Parser, run
 
 RECIPES = ("serve", "half", "mose", "moe", "m-moe")
 RECIPES_HELP = (
-    "how micro-batches are run: serve, at full width and at router widths of a random budget and gamma; half, the same "
-    "in one pass, half of the sequences each; mose, at full width and at a random uniform one, as in the paper; moe, at "
+    "how micro-batches are run: serve, at full width and at router widths, budget and gamma random for each sequence; "
+    "half, the same in one pass, half of the sequences each; mose, at full width and at a random uniform one, as in the paper; moe, at "
     "full width only; m-moe, with a random number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -213,6 +213,8 @@ def choose_device(device, dtype, n_embd):
         dtype, why = ("bfloat16", "fast here") if fast else ("float32", "bfloat16 would not be faster here")
     if dtype not in ("bfloat16", "float32"):
         raise UsageError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
+    if kind == "cpu":  # oneDNN keeps code and memory for 1,024 shapes, and a router makes ever new ones; MKL keeps none
+        torch.backends.mkldnn.enabled = dtype == "bfloat16" or not torch.backends.mkl.is_available()
     return device, getattr(torch, dtype), f"{kind} ({name}), {dtype} ({why})"
 
 
@@ -398,14 +400,18 @@ class RandomExperts:
 
 
 def training_passes(o, rng):
-    """The passes of one micro-batch: [(first, stop, width), ...], the sequences of each as shares of the batch."""
+    """The passes of one micro-batch: [(first, stop, width), ...], the sequences of each as shares of the batch.
+
+    width is a number, a width policy, or budget and gamma of RouterWidth for every sequence, (2, batch_size).
+    """
     if o.recipe == "moe":
         return [(0, 1, 1.0)]
     if o.recipe == "m-moe":
         return [(0, 1, RandomExperts(rng))]
     if o.recipe == "mose":  # the paper's equation 6
         return [(0, 1, 1.0), (0, 1, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))])]
-    served = RouterWidth(rng.uniform(0.1, 0.95), rng.uniform(0, 3))  # what inference will ask for
+    # what inference will ask for; a draw for each sequence gives steadier gradients than one for all
+    served = torch.tensor(rng.uniform((0.1, 0.0), (0.95, 3.0), (o.batch_size, 2)).T, dtype=torch.float32)
     return [(0, 1, 1.0), (0, 1, served)] if o.recipe == "serve" else [(0, 0.5, 1.0), (0.5, 1, served)]
 
 
@@ -590,13 +596,17 @@ def train(preset, o, given):
             whole = sum(stop - first for first, stop, _ in passes)
             for i, (first, stop, width) in enumerate(passes):
                 some = slice(round(first * len(idx)), round(stop * len(idx)))
+                if torch.is_tensor(width):  # every token takes its sequence's
+                    each = width[:, rows][:, some].repeat_interleave(o.block_size, 1)
+                    width = RouterWidth(*each.unsqueeze(-1).to(device))
                 final = micro == micros[-1] and i == len(passes) - 1  # gradients are exchanged once, at the end
                 with nullcontext() if final or world == 1 else parallel.no_sync():
                     with autocast(device, dtype):
                         _, loss, aux = parallel(idx[some], targets[some], width)
                     ((loss + aux) * ((stop - first) / whole / len(micros))).backward()
-                sums[int(width != 1)] += loss.detach()
-                n_passes[int(width != 1)] += 1
+                narrow = int(not isinstance(width, float) or width < 1)
+                sums[narrow] += loss.detach()
+                n_passes[narrow] += 1
                 passed += idx[some].numel()
                 if report:
                     report(micro, width, loss, idx[some])
@@ -671,7 +681,7 @@ def replay(o, model, run_step):
     """Run one step again, on the weights of last.pt, and show every pass; nothing is updated or written."""
 
     def report(micro, width, loss, idx):
-        kind = f"width {width:g}" if isinstance(width, float) else f"{type(width).__name__} {vars(width)}"
+        kind = f"width {width:g}" if isinstance(width, float) else type(width).__name__
         print(f"step {o.replay}, micro-batch {micro}, {len(idx)} sequences, {kind}: loss {loss.item():.4f}")
 
     print(f"gradient norm {run_step(o.replay, report)[2].item():.4f}")
