@@ -44,7 +44,7 @@ def width_to_neurons(width, n_hidden):
     """
     check_width(width)
     if n_hidden < 8 or n_hidden % 8:
-        raise UsageError(f"an expert's hidden size must be a positive multiple of 8, not {n_hidden}")
+        raise UsageError(f"expert_hidden must be a positive multiple of 8, not {n_hidden}")
     return max(8, 8 * round(width * n_hidden / 8))
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1177,7 +1178,68 @@ BAD = [  # program, arguments, what the line must name
     ("prepare", ["stdlib", "--name=../up"], "../up"),
     ("prepare", ["stdlib", "notes.txt"], "alone"),
     ("prepare", ["bad/latin.txt", "--name=precious"], "not written by prepare.py"),
+    # options that cannot work together, or at all
+    ("train", [], "preset"),
+    ("train", ["demo", "--resume=maybe"], "maybe"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--seed=-1"], "seed"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--learning_rate=nan"], "learning_rate"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--learning_rate=0"], "learning_rate"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--weight_decay=inf"], "weight_decay"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--dropout=1"], "dropout"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--train_width=1.5"], "--train_width"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--n_shared=-1"], "n_shared"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--recipe=half", "--batch_size=1"], "even"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--n_head=3"], "n_head 3"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--dtype=float16"], "float16"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--eval_tokens=8"], "eval_tokens"),
+    ("train", ["demo", *TINY, "--out_dir=garbage.pt"], "garbage.pt"),
+    ("train", ["demo", "--out_dir=out/mose", "--replay=40"], "0 to 39"),
+    ("train", ["demo", "--out_dir=x", "--replay=3"], "no checkpoint"),
+    ("train", ["demo", "--resume", "--out_dir=out/mose", "--seed=2"], "seed=2 contradicts"),
+    ("train", ["demo", "--resume", "--out_dir=out/mose", "--recipe=moe"], "recipe=moe contradicts"),
+    ("train", ["demo", "--resume", "--out_dir=out/mose", "--dataset=other"], "dataset=other contradicts"),
+    ("train", ["demo", "--resume", "--out_dir=bad/half"], "damaged"),
+    ("train", ["demo", "--resume", "--out_dir=bad/bomb"], "damaged"),
+    ("train", ["demo", "--resume", "--out_dir=bad/best"], "lacks optimizer"),
+    # shards
+    ("train", ["demo", *TINY, "--out_dir=x", "--dataset=bad/directory"], "train_000000.bin"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--dataset=bad/loop"], "train_000000.bin"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--dataset=bad/nothing"], "no *train*.bin"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--dataset=bad/short"], "block_size 32"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--dataset=bad/meta"], "meta.json is damaged"),
+    # checkpoints
+    ("sample", ["--checkpoint=bad/empty.pt"], "damaged"),
+    ("sample", ["--checkpoint=bad/half/last.pt"], "damaged"),
+    ("sample", ["--checkpoint=bad/bomb/last.pt"], "damaged"),
+    ("sample", ["--checkpoint=bad"], "no checkpoint"),
+    ("sample", ["--checkpoint=bad/other.pt"], "does not fit"),
+    ("sample", ["--checkpoint=bad/newer.pt"], "does not fit"),
+    ("sample", ["--checkpoint=bad/keys.pt"], "does not fit"),
+    ("bench", ["frontier", "bad/bomb/last.pt"], "damaged"),
+    ("bench", ["frontier", "out/mose/ckpt.pt", "--eval_tokens=-1"], "eval_tokens"),
+    ("bench", ["speed", "--preset=2b"], "2b"),
+    ("bench", ["speed", "--checkpoint=out/dense/ckpt.pt"], "dense"),
+    ("bench", ["study", "--rows=moose"], "moose"),
+    # prompts
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--prompt=FILE:bad/latin.txt"], "UTF-8"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--prompt=FILE:bad"], "bad"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--num_tokens=0"], "num_tokens"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--top_k=-3"], "top_k"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--budget=0.01"], "budget"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--budget=0.5", "--gamma=-1"], "gamma"),
+    ("sample", ["--checkpoint=bad/tokenizer.pt"], "tokenizer"),
+    # text
+    ("prepare", [], "source"),
+    ("prepare", ["bad/loop/train_000000.bin"], "no such file"),
+    ("prepare", ["bad/numbers.jsonl"], "field 'text'"),
+    ("prepare", ["bad/lines.jsonl"], "lines.jsonl"),
+    ("prepare", ["bad/one.txt"], "too little text"),
 ]  # fmt: skip
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb_went_off", "w")
 
 
 class TestBadInput:
@@ -1195,6 +1257,31 @@ class TestBadInput:
             (workshop / name).parent.mkdir(parents=True, exist_ok=True)
             (workshop / name).write_bytes(body)
         torch.save({"weights": torch.zeros(3)}, workshop / "foreign.pt")
+        bad = workshop / "bad"
+        for folder in ("directory/train_000000.bin", "directory/val_000000.bin", "half", "bomb", "best", "loop", "meta"):
+            (bad / folder).mkdir(parents=True)
+        for split in ("train", "val"):
+            os.symlink(f"{split}_000000.bin", bad / f"loop/{split}_000000.bin")
+            header = np.zeros(256, np.int32)
+            header[:3] = 20240520, 1, 20
+            (bad / "short").mkdir(exist_ok=True)
+            (bad / f"short/{split}_000000.bin").write_bytes(header.tobytes() + bytes(40))
+        (bad / "meta/meta.json").write_text("{")
+        whole = (workshop / "out/mose/last.pt").read_bytes()
+        (bad / "half/last.pt").write_bytes(whole[: len(whole) // 2])
+        (bad / "empty.pt").write_bytes(b"")
+        torch.save(Bomb(), bad / "bomb/last.pt")  # a pickle that runs code
+        shutil.copy(workshop / "out/mose/ckpt.pt", bad / "best/last.pt")
+        for name, change in {
+            "other": lambda c: c["config"].update(n_embd=64), "newer": lambda c: c["config"].update(n_moons=2),
+            "keys": lambda c: c["model"].pop("transformer.wpe.weight"), "tokenizer": lambda c: c.update(tokenizer="llama"),
+        }.items():  # fmt: skip
+            c = torch.load(workshop / "out/mose/ckpt.pt", weights_only=True)
+            change(c)
+            torch.save(c, bad / f"{name}.pt")
+        (bad / "numbers.jsonl").write_text('{"text": 3}\n')
+        (bad / "lines.jsonl").write_text("no json\n" * 3)
+        (bad / "one.txt").write_text("x")
         return workshop
 
     @staticmethod
@@ -1206,7 +1293,7 @@ class TestBadInput:
     )
     def test_is_one_clear_line(self, scene, monkeypatch, capsys, program, args, word):
         monkeypatch.chdir(scene)
-        before = self.files(scene)
+        before, started = self.files(scene), time.process_time()
         with pytest.raises(SystemExit) as e:
             prepare.run(
                 lambda: call({"train": train, "sample": sample, "bench": bench, "prepare": prepare}[program], *args),
@@ -1214,7 +1301,8 @@ class TestBadInput:
             )
         err = capsys.readouterr().err.splitlines()
         assert e.value.code == 2 and len(err) == 1 and err[0].startswith(f"{program}: ") and word in err[0], err
-        assert self.files(scene) == before
+        assert self.files(scene) == before and not Path("bomb_went_off").exists()
+        assert time.process_time() - started < 2
 
     def test_and_status_2_from_the_shell(self, scene):
         for program, args in (
