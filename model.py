@@ -298,7 +298,7 @@ class SlimmableMoE(nn.Module):
             if widths.requires_grad:  # gamma is being learned: all neurons run, and count more or less
                 neurons, mask = self.w_in.size(1), self.soft_mask(widths)
             else:
-                level = (widths * GRID).round().long()  # (N, k)
+                level = (widths * GRID).round().nan_to_num().long()  # (N, k); a NaN shows in the loss, not here
 
         # grouped_mm is unknown to autocast: cast here
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

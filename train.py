@@ -1,10 +1,11 @@
 """
-Train a MoSE, or the standard mixture of experts it is compared with.
+Train a MoSE, or one of the models it is compared with.
 
     python train.py demo                        # minutes on a CPU, after `python prepare.py stdlib`
     python train.py demo --recipe=moe           # the baseline: same model, data and order, full width only
     python train.py 55m --dataset=openwebtext   # the paper's sizes: 55m, 322m, 1b
     python train.py demo --resume               # go on where the last run was stopped
+    torchrun --nproc_per_node=8 train.py 322m   # on several GPUs
 
 Writes to out_dir: ckpt.pt (the best model by validation loss), last.pt (the latest, with what --resume needs) and
 log.jsonl. Every option below is --name=value and overrides the preset.
@@ -35,11 +36,11 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GRID, GPTConfig, RouterWidth, UsageError, check_width, width_to_neurons
 from prepare import MAGIC, VERSION, Parser, run
 
-RECIPES = ("serve", "half", "mose", "moe", "m-moe")
+RECIPES = ("half", "serve", "mose", "moe", "m-moe")
 RECIPES_HELP = (
-    "how micro-batches are run: serve, at full width and at router widths, budget and gamma random for each sequence; "
-    "half, the same in one pass, half of the sequences each; mose, at full width and at a random uniform one, as in the paper; moe, at "
-    "full width only; m-moe, with a random number of experts in every layer"
+    "how micro-batches are run: half, half of the sequences at full width and half at router widths, budget and gamma "
+    "random for each; serve, all of them both ways; mose, all at full width and again at one random uniform width, as in "
+    "the paper; moe, all at full width only; m-moe, all with a random number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -58,11 +59,11 @@ class TrainConfig:
     dataset: str = option(
         "openwebtext", "folder in data/, or a path to any folder with *train*.bin and *val*.bin shards"
     )
-    out_dir: str = option("", "where checkpoints and log go; default out/PRESET, with -moe for that recipe")
+    out_dir: str = option("", "where checkpoints and log go; default out/PRESET, or out/PRESET-RECIPE if not the default one")
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
     replay: int | None = option(None, "run this step of the run in out_dir again, show its passes, and write nothing")
     # what to train
-    recipe: str = option("mose", RECIPES_HELP)
+    recipe: str = option("half", RECIPES_HELP)
     seed: int = option(1337, "of initial weights, data order, widths and dropout")
     n_layer: int = option(6, "blocks")
     n_head: int = option(6, "attention heads")
@@ -142,7 +143,8 @@ def parse_options(argv=None):
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = given.pop("preset")
     options = TrainConfig(**{**PRESETS[preset], **given})
-    options.out_dir = options.out_dir or f"out/{preset}" + ("" if options.recipe == "mose" else f"-{options.recipe}")
+    other = "" if options.recipe == TrainConfig.recipe else f"-{options.recipe}"
+    options.out_dir = options.out_dir or f"out/{preset}{other}"
     return preset, options, set(given)
 
 
