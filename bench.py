@@ -49,7 +49,7 @@ MARKERS = "osD^vP*"
 def calibrate(model, batches, budget, device, dtype, lr=0.1):
     """Learn the gamma of RouterWidth(budget, gamma) from text alone, with all weights frozen, as the paper does.
 
-    Widths are continuous meanwhile (see SlimmableMoE.fade), so that the loss has a gradient with respect to gamma.
+    Widths are continuous meanwhile (see SlimmableMoE.soft_mask), so that the loss has a gradient with respect to gamma.
     Adam, not the paper's plain SGD at 0.01: gamma's gradient is about 0.01 nats, so SGD would not leave the start.
     """
     gamma = torch.ones((), device=device, requires_grad=True)
@@ -154,13 +154,6 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
         print_point(point, first=len(points) == 1)
 
     measure("uniform", 1.0, None, 1.0)
-    if moes and k > 1:  # whole experts or none; the budget is what that comes to
-        for experts in {k // 2, k // 4, 1} - {0}:
-            measure("fewer experts", experts / k, None, 1.0, experts)
-        for share in (0.4, 0.7):
-            measure("skip", None, None, Skip(share))
-        for p in (0.4, 0.7) if k > 2 else ():  # with two experts, it is skipping by another name
-            measure("top-p", None, None, TopP(p))
     for budget in BUDGETS[1:] if moes else ():
         measure("uniform" if slim else "truncated", budget, None, budget)
         if not slim:
@@ -171,6 +164,13 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
         measure("router", budget, 1.0, RouterWidth(budget, 1.0))
         gamma = calibrate(model, calibration, budget, device, dtype)
         measure("calibrated", budget, gamma, RouterWidth(budget, gamma))
+    if moes and k > 1:  # whole experts or none; the budget is what that comes to
+        for experts in sorted({k // 2, k // 4, 1} - {0}, reverse=True):
+            measure("fewer experts", experts / k, None, 1.0, experts)
+        for share in (0.4, 0.7):
+            measure("skip", None, None, Skip(share))
+        for p in (0.4, 0.7) if k > 2 else ():  # with two experts, it is skipping by another name
+            measure("top-p", None, None, TopP(p))
     return points
 
 

@@ -429,10 +429,13 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def sum_over_processes(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def sum_over_processes(tensor, device):
+    """The sum of every process's tensor. The processes talk through device."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.to(device, copy=True)
+    dist.all_reduce(total)
+    return total
 
 
 def resumed(preset, o, given):
@@ -551,10 +554,10 @@ def train(preset, o, given):
         for width in eval_widths:
             model.read_stats()
             mine = sequence_losses(model, val_batches, width, device, dtype).double()
-            total = sum_over_processes(torch.tensor([mine.sum(), len(mine)], dtype=torch.float64).to(device))
+            total = sum_over_processes(torch.tensor([mine.sum(), len(mine)], dtype=torch.float64), device)
             losses[width] = (total[0] / total[1]).item()
             if width == 1 and moes:
-                load = sum_over_processes(torch.stack([moe.load for moe in moes])).cpu()
+                load = sum_over_processes(torch.stack([moe.load for moe in moes]), device).cpu()
         model.read_stats()
         model.train()
         # the loss that the recipe trains for: over all widths, or at full width
@@ -614,7 +617,8 @@ def train(preset, o, given):
                     report(micro, width, loss, idx[some])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
         means = sums / n_passes.clamp_min(1).to(device)
-        return sum_over_processes(torch.cat([means, norm.view(1), norm.new_tensor([float(len(stop_signals))])])) / world
+        stopping = norm.new_tensor([float(len(stop_signals))])
+        return sum_over_processes(torch.cat([means, norm.view(1), stopping]), device) / world
 
     stop_signals = []
 
@@ -652,7 +656,7 @@ def train(preset, o, given):
         optimizer.zero_grad(set_to_none=True)
         if o.bias_rate:  # DeepSeek-V3's balancing without a loss: busy experts become a little less likely
             for moe in moes:
-                load = sum_over_processes(moe.load).float()
+                load = sum_over_processes(moe.load, device).float()
                 moe.bias += o.bias_rate * (load.mean() - load).sign()
                 moe.load.zero_()
         seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
@@ -696,6 +700,8 @@ def replay(o, model, run_step):
 def main():
     preset, options, given = parse_options()
     train(preset, options, given)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
