@@ -16,6 +16,7 @@ active FLOPs, in turns so that a noisy machine slows both. It prints a table and
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -46,23 +47,43 @@ MARKERS = "osD^vP*"
 # frontier: loss against FLOPs
 
 
-def calibrate(model, batches, budget, device, dtype, lr=0.1):
-    """Learn the gamma of RouterWidth(budget, gamma) from text alone, with all weights frozen, as the paper does.
+class PerLayer:
+    """Width policy: a policy of its own for every MoE layer, in the order in which a forward pass asks them."""
 
-    Widths are continuous meanwhile (see SlimmableMoE.soft_mask), so that the loss has a gradient with respect to gamma.
+    def __init__(self, policies):
+        self.policies, self.turn = policies, itertools.cycle(policies)
+
+    def widths(self, probs):
+        return next(self.turn).widths(probs)
+
+
+def calibrate(model, batches, budget, device, dtype, lr=0.1):
+    """Learn how to spend a mean width from text alone, all weights frozen: a gamma for each layer, where the paper has
+    one for all, and each layer's share of the budget. Returns a PerLayer of RouterWidth.
+
+    Widths are continuous meanwhile (see SlimmableMoE.soft_mask), so that the loss has a gradient with respect to both.
     Adam, not the paper's plain SGD at 0.01: gamma's gradient is about 0.01 nats, so SGD would not leave the start.
     """
-    gamma = torch.ones((), device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([gamma], lr=lr)
-    for idx, targets in batches:
+    n_layer = sum(block.moe for block in model.transformer.h)
+    gamma = torch.ones(n_layer, device=device, requires_grad=True)
+    share = torch.zeros(n_layer, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([gamma, share], lr=lr)
+
+    def policy():  # the layers split n_layer * budget, none gets more than 1: as RouterWidth does with experts
+        continuous = torch.ones((), device=device, requires_grad=True)
+        budgets = RouterWidth(budget, continuous).widths(share.softmax(-1).unsqueeze(0))[0]
+        return PerLayer([RouterWidth(b, g) for b, g in zip(budgets, gamma)])
+
+    for i, (idx, targets) in enumerate(batches):
         with autocast(device, dtype):
-            loss = model(idx.to(device), targets.to(device), width=RouterWidth(budget, gamma))[1]
-        (gamma.grad,) = torch.autograd.grad(loss, gamma)
+            loss = model(idx.to(device), targets.to(device), width=policy())[1]
+        gamma.grad, share.grad = torch.autograd.grad(loss, (gamma, share))
+        optimizer.param_groups[0]["lr"] = lr * (1 - i / len(batches))
         optimizer.step()
         with torch.no_grad():
             gamma.clamp_(min=0)
     model.read_stats()
-    return gamma.item()
+    return PerLayer([RouterWidth(max(1 / GRID, p.budget.item()), p.gamma.item()) for p in policy().policies])
 
 
 class Skip:
@@ -123,7 +144,7 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
     tokens = sum(idx.numel() for idx, _ in val)
     points, uniform, slim = [], {}, checkpoint["recipe"] not in ("moe", "m-moe")
 
-    def measure(policy, budget, gamma, width, experts=k):
+    def measure(policy, budget, gamma, width, experts=k, **more):
         for moe in moes:
             moe.top_k = experts
         sequence_losses(model, val[:1], width, device, dtype)  # warm up
@@ -138,7 +159,7 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
         point = dict(
             checkpoint=str(path), recipe=checkpoint["recipe"], policy=policy, budget=budget or mean_width, gamma=gamma,
             mean_width=mean_width, loss=losses.mean().item(), flops_total=total, flops_expert=expert,
-            tokens_per_s=tokens / seconds,
+            tokens_per_s=tokens / seconds, **more,
         )  # fmt: skip
         if checkpoint["tokenizer"] == "byte":
             point["bits_per_byte"] = point["loss"] / math.log(2)
@@ -162,8 +183,9 @@ def frontier_points(path, model, checkpoint, val, calibration, device, dtype):
             measure("across tokens", budget, 1.0, fit_scale(model, calibration[:5], budget, 1.0, device, dtype))
             continue
         measure("router", budget, 1.0, RouterWidth(budget, 1.0))
-        gamma = calibrate(model, calibration, budget, device, dtype)
-        measure("calibrated", budget, gamma, RouterWidth(budget, gamma))
+        policy = calibrate(model, calibration, budget, device, dtype)
+        layers = [(p.budget, p.gamma) for p in policy.policies]
+        measure("calibrated", budget, statistics.mean(g for _, g in layers), policy, layers=layers)
     if moes and k > 1:  # whole experts or none; the budget is what that comes to
         for experts in sorted({k // 2, k // 4, 1} - {0}, reverse=True):
             measure("fewer experts", experts / k, None, 1.0, experts)
@@ -600,7 +622,8 @@ def plot_speed(results, path):
 # -----------------------------------------------------------------------------
 # study: every method on the same axes
 
-TOP_1 = dict(n_expert=4, top_k=1, expert_hidden=1024, norm_topk_prob=False)  # all regimes: equal parameters, equal active
+# routing regimes, all of equal parameters and equal active parameters
+TOP_1 = dict(n_expert=4, top_k=1, expert_hidden=1024, norm_topk_prob=False)
 FINE = dict(n_expert=32, top_k=8, expert_hidden=128)
 SHARED = dict(n_expert=31, top_k=7, n_shared=1, expert_hidden=128)
 BIAS = dict(balance_coef=0, bias_rate=0.001)
@@ -711,7 +734,8 @@ def report_study(runs, out):
     ):
         for row in ("mose", "serve", "half", "half, more steps"):
             theirs = {run["seed"]: best_point(run, 1.0)["loss"] for run in rows.get(other, [])}
-            pairs = [best_point(run, budget)["loss"] - theirs[run["seed"]] for run in rows.get(row, []) if run["seed"] in theirs]
+            mine = {run["seed"]: best_point(run, budget)["loss"] for run in rows.get(row, [])}
+            pairs = [loss - theirs[seed] for seed, loss in mine.items() if seed in theirs]
             if pairs:
                 lines.append(f"| {row}: {name} | {mean_and_error(pairs)} |")
     (out / "study.md").write_text("\n".join(lines) + "\n")

@@ -1075,7 +1075,8 @@ class TestBench:
                 assert (
                     p["minus_uniform"] == pytest.approx(p["loss"] - u["loss"], abs=1e-6) and p["minus_uniform_se"] > 0
                 )
-        assert all(p["gamma"] >= 0 for p in points["mose", "calibrated"])
+        for p in points["mose", "calibrated"]:
+            assert len(p["layers"]) == 2 and all(0 <= b <= 1 and g >= 0 for b, g in p["layers"])
         assert Path("out/mose/frontier.png").read_bytes().startswith(b"\x89PNG")
         assert "calibrated" in capsys.readouterr().out
 
@@ -1091,8 +1092,10 @@ class TestBench:
         model, _ = train.load_model("out/mose/ckpt.pt")
         before = {n: p.clone() for n, p in model.state_dict().items()}
         data = train.open_dataset("tiny", 32)[0]
-        gamma = bench.calibrate(model, [data.random_batch(0, i, 0, 4) for i in range(5)], 0.5, "cpu", torch.float32)
-        assert gamma != 1.0 and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+        batches = [data.random_batch(0, i, 0, 4) for i in range(5)]
+        layers = bench.calibrate(model, batches, 0.5, "cpu", torch.float32).policies
+        assert len(layers) == 2 and all(p.gamma != 1.0 for p in layers) and layers[0].budget != layers[1].budget
+        assert sum(p.budget for p in layers) / 2 == pytest.approx(0.5) and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
 
 
