@@ -449,13 +449,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=False),
-        ))
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, bias=False),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's 0.02 at its width of 768
@@ -533,9 +535,9 @@ class GPT(nn.Module):
     def read_stats(self):
         """What the MoE layers did since the last call: (mean width, mean width run, slots of each expert (layers, E)).
 
-        Both are measured, as shares of all neurons of the top_k + n_shared experts of all tokens. The mean width is what the policy used; what ran is a
-        little more, because plan_chunks lets scarce widths run with wider ones: count FLOPs from that. (Neither means
-        anything while gamma is learned.) A dense model gives Nones.
+        Both are measured, as shares of all neurons of the top_k + n_shared experts of all tokens. The mean width is what
+        the policy used; what ran is a little more, because plan_chunks lets scarce widths run with wider ones: count
+        FLOPs from that. (Neither means anything while gamma is learned.) A dense model gives Nones.
         """
         moes = [block.mlp for block in self.transformer.h if block.moe]
         if not moes:

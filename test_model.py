@@ -73,7 +73,9 @@ def reference_moe(layer, x, width):
             if getattr(width, "renormalize", False):
                 routed = routed * torch.tensor([w > 0 for w in widths])
             widths += [getattr(width, "budget", 1.0)] * layer.n_shared
-        weights = torch.cat([routed / routed.sum() if layer.norm_topk_prob else routed, routed.new_ones(layer.n_shared)])
+        weights = torch.cat(
+            [routed / routed.sum() if layer.norm_topk_prob else routed, routed.new_ones(layer.n_shared)]
+        )
         y = torch.zeros(len(token), dtype=torch.float64, device=token.device)
         for p_e, e, w in zip(weights, expert, widths):
             if w > 0:
@@ -791,7 +793,10 @@ class TestTrain:
         out = f"--out_dir={tmp_path}/r"
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, HERE / "train.py", "demo", *TINY, out, "--recipe=mose"], stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, HERE / "train.py", "demo", *TINY, out, "--recipe=mose"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
         for line in process.stdout:
             if line.startswith("step 10/"):
@@ -856,7 +861,6 @@ class TestTrain:
         status, out, _ = command("train", "--help", cwd=workshop)
         assert status == 0 and all(f"--{name}" in out for name in train.TrainConfig.__dataclass_fields__)
 
-
     def test_recipes_run_the_passes_they_promise(self):
         options = lambda recipe: train.TrainConfig(recipe=recipe)  # noqa: E731
         rng = np.random.default_rng(0)
@@ -910,7 +914,9 @@ class TestTrain:
         assert spread[0.01] < 0.7 * spread[0]
 
     def test_two_runs_of_the_same_command_write_the_same_log(self, inside, tmp_path):
-        keep = lambda line: {k: v for k, v in json.loads(line).items() if "seconds" not in k and k != "tokens_per_s"}  # noqa: E731
+        def keep(line):
+            return {k: v for k, v in json.loads(line).items() if "seconds" not in k and k != "tokens_per_s"}
+
         logs = []
         for name in ("a", "b"):
             call(train, "demo", *TINY, f"--out_dir={tmp_path}/{name}", "--dropout=0.1", "--recipe=half")
@@ -921,7 +927,12 @@ class TestTrain:
     def test_a_run_killed_at_random_moments_loses_nothing(self, inside, tmp_path, kills):
         whole = torch.load("out/mose/last.pt", weights_only=True)
         out, rng = tmp_path / "k", np.random.default_rng(kills)
-        every = [*TINY, f"--out_dir={out}", "--recipe=mose", "--eval_interval=1"]  # so that a good part of the time goes into saving
+        every = [
+            *TINY,
+            f"--out_dir={out}",
+            "--recipe=mose",
+            "--eval_interval=1",
+        ]  # so that a good part of the time goes into saving
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         killed = 0
         while killed < kills:
@@ -1095,7 +1106,9 @@ class TestBench:
         batches = [data.random_batch(0, i, 0, 4) for i in range(5)]
         layers = bench.calibrate(model, batches, 0.5, "cpu", torch.float32).policies
         assert len(layers) == 2 and all(p.gamma != 1.0 for p in layers) and layers[0].budget != layers[1].budget
-        assert sum(p.budget for p in layers) / 2 == pytest.approx(0.5) and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+        assert sum(p.budget for p in layers) / 2 == pytest.approx(0.5) and all(
+            torch.equal(p, before[n]) for n, p in model.state_dict().items()
+        )
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -1268,7 +1281,15 @@ class TestBadInput:
             (workshop / name).write_bytes(body)
         torch.save({"weights": torch.zeros(3)}, workshop / "foreign.pt")
         bad = workshop / "bad"
-        for folder in ("directory/train_000000.bin", "directory/val_000000.bin", "half", "bomb", "best", "loop", "meta"):
+        for folder in (
+            "directory/train_000000.bin",
+            "directory/val_000000.bin",
+            "half",
+            "bomb",
+            "best",
+            "loop",
+            "meta",
+        ):
             (bad / folder).mkdir(parents=True)
         for split in ("train", "val"):
             os.symlink(f"{split}_000000.bin", bad / f"loop/{split}_000000.bin")
@@ -1284,7 +1305,8 @@ class TestBadInput:
         shutil.copy(workshop / "out/mose/ckpt.pt", bad / "best/last.pt")
         for name, change in {
             "other": lambda c: c["config"].update(n_embd=64), "newer": lambda c: c["config"].update(n_moons=2),
-            "keys": lambda c: c["model"].pop("transformer.wpe.weight"), "tokenizer": lambda c: c.update(tokenizer="llama"),
+            "keys": lambda c: c["model"].pop("transformer.wpe.weight"),
+            "tokenizer": lambda c: c.update(tokenizer="llama"),
         }.items():  # fmt: skip
             c = torch.load(workshop / "out/mose/ckpt.pt", weights_only=True)
             change(c)

@@ -39,8 +39,8 @@ from prepare import MAGIC, VERSION, Parser, run
 RECIPES = ("half", "serve", "mose", "moe", "m-moe")
 RECIPES_HELP = (
     "how micro-batches are run: half, half of the sequences at full width and half at router widths, budget and gamma "
-    "random for each; serve, all of them both ways; mose, all at full width and again at one random uniform width, as in "
-    "the paper; moe, all at full width only; m-moe, all with a random number of experts in every layer"
+    "random for each; serve, all of them both ways; mose, all at full width and again at one random uniform width, as "
+    "in the paper; moe, all at full width only; m-moe, all with a random number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -59,7 +59,9 @@ class TrainConfig:
     dataset: str = option(
         "openwebtext", "folder in data/, or a path to any folder with *train*.bin and *val*.bin shards"
     )
-    out_dir: str = option("", "where checkpoints and log go; default out/PRESET, or out/PRESET-RECIPE if not the default one")
+    out_dir: str = option(
+        "", "where checkpoints and log go; default out/PRESET, or out/PRESET-RECIPE if not the default one"
+    )
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
     replay: int | None = option(None, "run this step of the run in out_dir again, show its passes, and write nothing")
     # what to train
@@ -72,7 +74,9 @@ class TrainConfig:
     top_k: int = option(2, "experts a token is sent to")
     n_shared: int = option(0, "experts that every token visits besides")
     expert_hidden: int = option(0, "neurons of one expert, a multiple of 8; 0 means 4 * n_embd")
-    train_width: float = option(1.0, "share of those neurons that the experts get, to train a narrow model for comparison")
+    train_width: float = option(
+        1.0, "share of those neurons that the experts get, to train a narrow model for comparison"
+    )
     moe_every: int = option(2, "every how many blocks one holds experts, starting with the first")
     block_size: int = option(1024, "context length in tokens")
     dropout: float = option(0.0, "dropout rate")
@@ -121,7 +125,17 @@ PRESETS = {
 }
 
 # what a resumed run may change; anything else would make it another run
-MAY_CHANGE = {"resume", "replay", "out_dir", "steps", "eval_interval", "eval_tokens", "log_interval", "device", "compile"}
+MAY_CHANGE = {
+    "resume",
+    "replay",
+    "out_dir",
+    "steps",
+    "eval_interval",
+    "eval_tokens",
+    "log_interval",
+    "device",
+    "compile",
+}
 
 
 def parse_bool(text):
@@ -170,8 +184,16 @@ def check_options(o):
     ):
         if getattr(o, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(o, name)}")
-    for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "balance_coef", "z_coef", "bias_rate",
-                 "expert_hidden"):
+    for name in (
+        "seed",
+        "warmup_steps",
+        "weight_decay",
+        "grad_clip",
+        "balance_coef",
+        "z_coef",
+        "bias_rate",
+        "expert_hidden",
+    ):
         if not 0 <= getattr(o, name) < math.inf:
             raise UsageError(f"--{name} must be a finite number of at least 0, not {getattr(o, name)}")
     if not 0 < o.learning_rate < math.inf:
@@ -320,7 +342,9 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as e:  # torch wraps what the disk says in a RuntimeError
         Path(temporary).unlink(missing_ok=True)
         reason = (e.__context__ if isinstance(e, RuntimeError) else None) or e
-        raise UsageError(f"{path} could not be written ({str(reason).splitlines()[0]}): the one before is intact") from e
+        raise UsageError(
+            f"{path} could not be written ({str(reason).splitlines()[0]}): the one before is intact"
+        ) from e
     os.replace(temporary, path)
 
 
@@ -582,7 +606,7 @@ def train(preset, o, given):
             for i in sorted(before & collapsed):
                 say(
                     f"warning: one expert of MoE layer {i} gets {entry['busiest'][i]:.1f} times its fair share, as at "
-                    "the last evaluation: the router is collapsing. Raise --balance_coef, or train with --bias_rate=0.001"
+                    "the last evaluation: the router is collapsing. Raise --balance_coef, or give --bias_rate=0.001"
                 )
 
     def run_step(step, report=None):
@@ -669,9 +693,9 @@ def train(preset, o, given):
             speed = steps_timed * o.tokens_per_step / seconds
             count_flops()
             log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed, flops=flops)
-            left = (o.steps - done) * (time.perf_counter() - began) / (done - start)
+            left = int((o.steps - done) * (time.perf_counter() - began) / (done - start))
             shown = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
-            say(f"step {done}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {int(left) // 60}m{int(left) % 60:02d}s left")
+            say(f"step {done}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {left // 60}m{left % 60:02d}s left")
             sums, steps_timed, seconds = {}, 0, 0.0
         if done % o.eval_interval == 0 or done == o.steps:
             evaluate(done)
