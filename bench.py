@@ -708,8 +708,8 @@ def mean_and_error(values):
 def report_study(runs, out):
     """results/study.md and the two pictures."""
     rows = {}
-    for run in runs:
-        rows.setdefault(run["row"], []).append(run)
+    for one in runs:
+        rows.setdefault(one["row"], []).append(one)
     lines = [
         "Validation loss in nats per byte, mean and standard error over seeds; made by `make study`.",
         f"{runs[0]['hardware']}; torch {runs[0]['torch']}; {runs[0]['eval_tokens']:,} validation bytes.",

@@ -535,9 +535,9 @@ class GPT(nn.Module):
     def read_stats(self):
         """What the MoE layers did since the last call: (mean width, mean width run, slots of each expert (layers, E)).
 
-        Both are measured, as shares of all neurons of the top_k + n_shared experts of all tokens. The mean width is what
-        the policy used; what ran is a little more, because plan_chunks lets scarce widths run with wider ones: count
-        FLOPs from that. (Neither means anything while gamma is learned.) A dense model gives Nones.
+        Both are measured, as shares of all neurons of the top_k + n_shared experts of all tokens. The mean width is
+        what the policy used; what ran is a little more, because plan_chunks lets scarce widths run with wider ones:
+        count FLOPs from that. (Neither means anything while gamma is learned.) A dense model gives Nones.
         """
         moes = [block.mlp for block in self.transformer.h if block.moe]
         if not moes:
