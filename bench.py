@@ -5,11 +5,15 @@ Measure: what quality costs, and whether a narrower width is a shorter time.
     python bench.py frontier out/demo/ckpt.pt out/demo-moe/ckpt.pt
     python bench.py speed --preset=55m                            # time against width on this machine
     python bench.py speed --checkpoint=out/demo/ckpt.pt --compile
+    python bench.py study                                         # train every method and compare: hours
 
 frontier runs one checkpoint at budgets from a quarter of its experts to all of them, with each way of spending the
-budget, on the same validation text. Checkpoints of recipe moe are shown as they are, with fewer experts, and cut to
-a narrower width that they were never trained for. It prints a table and writes frontier.json and frontier.png beside
-the first checkpoint.
+budget, on the same validation text: slimmed experts, fewer experts, or skipping those of low probability. Checkpoints
+of recipe moe are cut to narrower widths, which they were never trained for. It prints a table and writes frontier.json
+and frontier.png beside the first checkpoint.
+
+study trains the rows of STUDY at demo scale, two at a time, goes on where it was stopped, and writes results/study.json,
+study.md, study.png and training.png.
 
 speed times the layer, the training step, prefill and decoding at every width, each beside a dense network of the same
 active FLOPs, in turns so that a noisy machine slows both. It prints a table and writes speed.json and speed.png.
