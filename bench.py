@@ -12,8 +12,8 @@ budget, on the same validation text: slimmed experts, fewer experts, or skipping
 of recipe moe are cut to narrower widths, which they were never trained for. It prints a table and writes frontier.json
 and frontier.png beside the first checkpoint.
 
-study trains the rows of STUDY at demo scale, two at a time, goes on where it was stopped, and writes results/study.json,
-study.md, study.png and training.png.
+study trains the rows of STUDY at demo scale, two at a time, goes on where it was stopped, and writes study.json,
+study.md, study.png and training.png to results/.
 
 speed times the layer, the training step, prefill and decoding at every width, each beside a dense network of the same
 active FLOPs, in turns so that a noisy machine slows both. It prints a table and writes speed.json and speed.png.

@@ -68,8 +68,8 @@ class RouterWidth:
             check_width(budget, "budget")
             if budget < 1 / GRID:
                 raise UsageError(f"budget must be at least {1 / GRID}, one step of the width grid, not {budget}")
-        if not torch.is_tensor(gamma) and not 0 <= gamma < math.inf:
-            raise UsageError(f"gamma must be a finite number of at least 0, not {gamma!r}")
+        if not torch.is_tensor(gamma) and not 0 <= gamma <= 1e6:
+            raise UsageError(f"gamma must be a number from 0 to 1e6, not {gamma!r}")
         self.budget, self.gamma = budget, gamma
 
     def widths(self, probs):
@@ -198,7 +198,7 @@ def plan_chunks(level, n_level):
         if counts[l]:
             if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():
                 sizes.append(0)
-                levels.append(l)
+                levels.append(0)
             chunk_of[l] = len(sizes) - 1
             sizes[-1] += counts[l]
             levels[-1] = l
@@ -307,9 +307,7 @@ class SlimmableMoE(nn.Module):
         y = experts(x.to(dtype), expert, weight.to(dtype), neurons, level, mask)
         return y.view(shape), aux
 
-    @torch.compiler.disable  # with a width per token, the sizes of the products are new every time
-    def run_policy(self, x, neurons, losses=True):
-        return self.run(x, neurons, losses)
+    run_policy = torch.compiler.disable(run)  # with a width per token, the sizes of the products are new every time
 
     def run_chunks(self, x, expert, weight, neurons, level, mask):
         """The experts' weighted outputs (N, d), at one number of neurons or at the width levels (N, k) of the slots."""

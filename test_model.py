@@ -839,7 +839,7 @@ class TestTrain:
         assert idx[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203] and torch.equal(targets, idx + 1)
 
     def test_a_loss_that_is_not_finite_stops_before_the_update(self, inside, tmp_path):
-        with pytest.raises(UsageError, match=r"step \d+: loss .*last good"):
+        with pytest.raises(UsageError, match=r"step \d+: loss .*saved .*last.pt.*--replay=\d"):
             call(
                 train,
                 "demo",
@@ -850,7 +850,7 @@ class TestTrain:
                 "--warmup_steps=0",
             )
         saved = torch.load(tmp_path / "n/last.pt", weights_only=True)
-        assert all(p.isfinite().all() for p in saved["model"].values())
+        assert all(p.isfinite().all() for p in saved["model"].values()) and saved["step"] > 0  # as it was at that step
 
     def test_learning_rate_warms_up_and_ends_at_a_tenth(self):
         o = train.TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
@@ -972,6 +972,47 @@ class TestTrain:
         a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
         assert a["step"] == b["step"] == 12
 
+    def test_a_resumed_run_writes_the_same_log(self, inside, tmp_path):
+        def losses():
+            lines = [json.loads(line) for line in open(tmp_path / "x/log.jsonl")]
+            return [{k: v for k, v in line.items() if "seconds" not in k and k != "tokens_per_s"} for line in lines]
+
+        options = [*TINY, f"--out_dir={tmp_path}/x", "--eval_interval=3", "--log_interval=4", "--recipe=serve"]
+        call(train, "demo", *options, "--steps=12")
+        straight = losses()
+        shutil.rmtree(tmp_path / "x")
+        stop = [3]  # checkpoints of steps 3 and 9 fall between log lines
+        for _ in range(2):
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    step_rate = train.learning_rate
+
+                    def killed(step, o):
+                        if step == stop[0] + 1:
+                            raise KeyboardInterrupt
+                        return step_rate(step, o)
+
+                    patch.setattr(train, "learning_rate", killed)
+                    resume = ["--resume"] if (tmp_path / "x/last.pt").exists() else []
+                    call(train, "demo", *options, "--steps=12", *resume)
+            except KeyboardInterrupt:
+                with open(tmp_path / "x/log.jsonl", "a") as f:
+                    f.write('{"step": 5, "half a li')  # the disk was full, or the power went
+            stop[0] = 9
+        call(train, "demo", *options, "--steps=12", "--resume")
+        assert losses() == straight
+
+    def test_other_data_under_the_same_name_is_refused(self, inside, tmp_path):
+        shutil.copytree("data/tiny", tmp_path / "d")
+        options = [o for o in TINY if "dataset" not in o]
+        call(train, "demo", *options, f"--dataset={tmp_path}/d", f"--out_dir={tmp_path}/x", "--steps=3")
+        shard = tmp_path / "d/train_000000.bin"
+        body = bytearray(shard.read_bytes())
+        body[2000] ^= 1
+        shard.write_bytes(body)
+        with pytest.raises(UsageError, match="has changed"):
+            call(train, "demo", "--resume", f"--out_dir={tmp_path}/x", "--steps=6")
+
     def test_a_second_run_in_the_same_folder_is_refused(self, inside, tmp_path):
         lock = train.lock_folder(tmp_path / "x")
         status, _, err = command("train", "demo", *TINY, f"--out_dir={tmp_path}/x", cwd=inside)
@@ -1035,6 +1076,10 @@ class TestTrain:
         call(train, "demo", *TINY, f"--out_dir={tmp_path}/c", "--n_expert=8", "--eval_interval=10")
         out = capsys.readouterr().out
         assert "expert of MoE layer 1 gets 4.0 times" in out and "MoE layer 0" not in out
+        monkeypatch.undo()
+        monkeypatch.chdir(inside)
+        call(train, "demo", *TINY, f"--out_dir={tmp_path}/even", "--n_expert=8", "--eval_interval=10")
+        assert "warning" not in capsys.readouterr().out
 
     @pytest.mark.parametrize("steps", [400, pytest.param(2000, marks=LONG)])
     def test_memory_does_not_grow(self, inside, tmp_path, steps):
@@ -1205,6 +1250,9 @@ BAD = [  # program, arguments, what the line must name
     ("train", [], "preset"),
     ("train", ["demo", "--resume=maybe"], "maybe"),
     ("train", ["demo", *TINY, "--out_dir=x", "--seed=-1"], "seed"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--seed=99999999999999999999"], "2**63"),
+    ("train", ["demo", *TINY, "--out_dir=x", "--device=cpu:x"], "cpu:x"),
+    ("sample", ["--checkpoint=out/mose/ckpt.pt", "--budget=0.5", "--gamma=1e39"], "1e6"),
     ("train", ["demo", *TINY, "--out_dir=x", "--learning_rate=nan"], "learning_rate"),
     ("train", ["demo", *TINY, "--out_dir=x", "--learning_rate=0"], "learning_rate"),
     ("train", ["demo", *TINY, "--out_dir=x", "--weight_decay=inf"], "weight_decay"),

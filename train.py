@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,8 @@ def check_options(o):
     ):
         if not 0 <= getattr(o, name) < math.inf:
             raise UsageError(f"--{name} must be a finite number of at least 0, not {getattr(o, name)}")
+    if o.seed >= 2**63:
+        raise UsageError(f"--seed must be below 2**63, not {o.seed}")
     if not 0 < o.learning_rate < math.inf:
         raise UsageError(f"--learning_rate must be above 0, not {o.learning_rate}")
     micro = o.batch_size * o.block_size
@@ -216,12 +219,16 @@ def make_config(o, vocab_size):
 
 
 def choose_device(device, dtype, n_embd):
-    """Resolve "auto" for a model of width n_embd. Returns device, dtype of matrix products, a line that says why."""
+    """Resolve "auto" for a model of width n_embd. Returns device, dtype of matrix products, a line that says why.
+
+    On a CPU it also turns oneDNN on or off for this process.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu"):
-        raise UsageError(f"--device must be cuda, mps or cpu, not {device!r}")
+    kind, _, index = device.partition(":")
+    n = torch.cuda.device_count()
+    if kind not in ("cuda", "mps", "cpu") or (index and not (kind == "cuda" and index.isdecimal() and int(index) < n)):
+        raise UsageError(f"--device must be cuda, cuda:0 to cuda:{max(0, n - 1)}, mps or cpu, not {device!r}")
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UsageError(f"--device={device}: this machine, or this build of PyTorch, has none")
     if kind == "cuda":
@@ -279,6 +286,10 @@ class Shards:
                 f"{folder}: the {split} split has {self.n_tokens} tokens, no shard of more than block_size {block_size}"
             )
 
+    def fingerprint(self):
+        """What tells this split from another: its length and a checksum of the beginning of every shard."""
+        return [self.n_tokens, [zlib.crc32(np.fromfile(file, np.uint16, 500_000)) for file in self.files]]
+
     def check(self, tokens, file):
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UsageError(
@@ -328,7 +339,7 @@ def open_dataset(dataset, block_size):
 # Checkpoints
 
 KEYS = ("model", "config", "tokenizer", "vocab_size", "recipe", "step", "options")
-RESUME_KEYS = KEYS + ("optimizer", "best", "flops", "preset")
+RESUME_KEYS = KEYS + ("optimizer", "best", "flops", "window", "data", "preset")
 
 
 def save_checkpoint(path, checkpoint):
@@ -375,10 +386,9 @@ def load_model(path):
 
 def to_inference(model, device, dtype):
     """Ready to generate: all weights in dtype, so that none is cast for every token; the routers stay float32."""
-    model.eval().to(device, dtype)
-    for block in model.transformer.h:
-        if block.moe:
-            block.mlp.router.float()
+    for name, p in model.eval().to(device).named_parameters():
+        if "router" not in name:
+            p.data = p.data.to(dtype)
     return model
 
 
@@ -413,7 +423,10 @@ def sequence_losses(model, batches, width, device, dtype):
 
 
 class RandomExperts:
-    """Width policy of recipe m-moe: in every layer the likeliest 1 to k experts, at full width, the others skipped."""
+    """Width policy of recipe m-moe: in every layer the likeliest 1 to k experts, at full width, the others skipped.
+
+    Layers ask in their order, so one rng gives every layer its own number, the same in every run.
+    """
 
     renormalize = True
 
@@ -446,6 +459,8 @@ def join_processes(device):
     if "RANK" not in os.environ:
         return 0, 1, device
     gpu = device.startswith("cuda")
+    if not gpu and device != "cpu":
+        raise UsageError(f"several processes need CUDA or --device=cpu, not {device}")
     if gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -454,7 +469,7 @@ def join_processes(device):
 
 
 def sum_over_processes(tensor, device):
-    """The sum of every process's tensor. The processes talk through device."""
+    """The sum of every process's tensor, on device, where they can exchange it; alone, the tensor itself."""
     if not dist.is_initialized():
         return tensor
     total = tensor.to(device, copy=True)
@@ -467,10 +482,9 @@ def resumed(preset, o, given):
     checkpoint = load_checkpoint(Path(o.out_dir) / "last.pt", RESUME_KEYS)
     saved = checkpoint["options"]
     for name in given - MAY_CHANGE:
-        if saved[name] != getattr(o, name):
-            raise UsageError(
-                f"--{name}={getattr(o, name)} contradicts the run in {o.out_dir}, which has {saved[name]}; leave it out"
-            )
+        old, new = saved.get(name), getattr(o, name)
+        if old != new:
+            raise UsageError(f"--{name}={new} contradicts the run in {o.out_dir}, which has {old}; leave it out")
     if preset != checkpoint["preset"]:
         raise UsageError(f"the run in {o.out_dir} is of preset {checkpoint['preset']}, not {preset}")
     return TrainConfig(**{**saved, **{name: getattr(o, name) for name in given}, "out_dir": o.out_dir}), checkpoint
@@ -479,7 +493,7 @@ def resumed(preset, o, given):
 def lock_folder(folder):
     """Keep other runs out of the folder for as long as this process lives, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
+    lock = open(folder / "lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -487,21 +501,30 @@ def lock_folder(folder):
     return lock
 
 
+def trim_log(path, step):
+    """Drop the lines after step, and a last line that is not whole: the run goes on from there."""
+    whole = [line for line in open(path) if line.endswith("\n")] if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    os.replace(temporary, path)
+
+
 def train(preset, o, given):
     out, last = Path(o.out_dir), Path(o.out_dir) / "last.pt"
-    checkpoint = None
-    if o.resume or o.replay is not None:
-        o, checkpoint = resumed(preset, o, given)
-    elif last.exists():
+    resuming = o.resume or o.replay is not None
+    written = last.stat().st_mtime_ns if last.exists() else None
+    if written and not resuming:
         raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
+    o, checkpoint = resumed(preset, o, given) if resuming else (o, None)
     check_options(o)
     device, dtype, why = choose_device(o.device, o.dtype, o.n_embd)
     train_data, val_data, tokenizer, vocab_size = open_dataset(o.dataset, o.block_size)
+    data = [train_data.fingerprint(), val_data.fingerprint(), tokenizer]
     config = make_config(o, vocab_size)
-    if checkpoint and (checkpoint["config"] != dataclasses.asdict(config) or checkpoint["tokenizer"] != tokenizer):
-        raise UsageError(
-            f"the data in {o.dataset} is not what the run in {out} was trained on (tokenizer {checkpoint['tokenizer']})"
-        )
+    if checkpoint and checkpoint["data"] != data:
+        raise UsageError(f"the data in {o.dataset} is not what the run in {out} was trained on: it has changed since")
+    if checkpoint and checkpoint["config"] != dataclasses.asdict(config):
+        raise UsageError(f"the run in {out} was made by another version of model.py: its config has other fields")
     rank, world, device = join_processes(device)
     # micro-batches are dealt out to the processes; where there are too few, each process takes a part of each
     accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
@@ -510,22 +533,30 @@ def train(preset, o, given):
     elif o.batch_size % (2 * world if o.recipe == "half" else world) == 0:
         micros, rows = range(accumulate), slice(rank, None, world)
     else:
+        parts = f"{world} even parts" if o.recipe == "half" else f"{world} parts"
         raise UsageError(
-            f"{world} processes can share neither {accumulate} micro-batches nor --batch_size {o.batch_size} evenly"
+            f"{world} processes cannot share {accumulate} micro-batch(es) of --batch_size {o.batch_size}: their number "
+            f"must be a multiple of {world}, or each must divide into {parts}"
         )
     if rank == 0 and o.replay is None:
         lock = lock_folder(out)  # noqa: F841, held until the process ends
+        if written != (last.stat().st_mtime_ns if last.exists() else None):
+            raise UsageError(f"another run has just written {last}: try again")
 
     torch.manual_seed(o.seed)
     torch.set_float32_matmul_precision("high")
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, o)
     moes = [block.mlp for block in model.transformer.h if block.moe]
-    start, best, collapsed, flops, passed = 0, math.inf, set(), 0.0, 0
+    start, best, flops = 0, math.inf, 0.0
+    window = dict(steps=0, seconds=0.0, loss_full=0.0, loss_narrow=0.0, grad_norm=0.0)  # sums since the last log line
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, best, flops = checkpoint["step"], checkpoint["best"], checkpoint["flops"]
+        start, flops, window = checkpoint["step"], checkpoint["flops"], checkpoint["window"]
+        if checkpoint["options"]["eval_tokens"] == o.eval_tokens:  # or its losses are of another text
+            best = checkpoint["best"]
+        checkpoint = None  # as large as the model and its optimizer
     if o.compile:
         model.body = torch.compile(model.body)
     parallel = model
@@ -535,7 +566,12 @@ def train(preset, o, given):
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
         for moe in moes:
             moe.split_batch = rows != slice(None)
-    eval_widths = EVAL_WIDTHS if o.n_expert > 1 else (1.0,)
+    eval_widths = EVAL_WIDTHS if moes else (1.0,)
+    val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
+    val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
+    collapsed = set()  # layers whose load was uneven at the last evaluation
+    passed = 0  # tokens that went through the model since FLOPs were last counted
+    stop_signals = []
 
     def say(text):
         if rank == 0:
@@ -558,15 +594,21 @@ def train(preset, o, given):
         state = dict(
             model=model.state_dict(), config=dataclasses.asdict(config), tokenizer=tokenizer, vocab_size=vocab_size,
             recipe=o.recipe, preset=preset, step=step, tokens=step * o.tokens_per_step, best=best, flops=flops,
-            options=dataclasses.asdict(o), **more,
+            options=dataclasses.asdict(o), data=data, window=window, **more,
         )  # fmt: skip
         if rank == 0:
             save_checkpoint(path, state)
 
+    def save_last(step):
+        count_flops()
+        save(last, step, optimizer=optimizer.state_dict())
+
     def count_flops():
         """Add what was spent since the last call: three forward passes' worth at the widths that ran."""
         nonlocal flops, passed
-        flops += 3 * passed * world * model.flops_per_token(model.read_stats()[1] or 1.0)[0]
+        width = torch.tensor(model.read_stats()[1] or 1.0, dtype=torch.float64)
+        mean_width = (sum_over_processes(width, device) / world).item()
+        flops += 3 * passed * world * model.flops_per_token(mean_width)[0]
         passed = 0
 
     def evaluate(step):
@@ -576,7 +618,6 @@ def train(preset, o, given):
         model.eval()
         losses = {}
         for width in eval_widths:
-            model.read_stats()
             mine = sequence_losses(model, val_batches, width, device, dtype).double()
             total = sum_over_processes(torch.tensor([mine.sum(), len(mine)], dtype=torch.float64), device)
             losses[width] = (total[0] / total[1]).item()
@@ -584,39 +625,39 @@ def train(preset, o, given):
                 load = sum_over_processes(torch.stack([moe.load for moe in moes]), device).cpu()
         model.read_stats()
         model.train()
-        # the loss that the recipe trains for: over all widths, or at full width
-        loss = losses[1.0] if o.recipe in ("moe", "m-moe") else sum(losses.values()) / len(losses)
-        improved = loss < best
         entry = dict(step=step, val_loss={f"{w:g}": l for w, l in losses.items()})
         line = f"eval {step}/{o.steps} | " + " | ".join(f"width {w:g}: {l:.4f}" for w, l in losses.items())
+        warnings_due = []
         if moes:
-            share = load / load.sum(1, keepdim=True) * o.n_expert  # (L, E), 1 is fair
-            entry.update(busiest=share.amax(1).tolist(), idlest=share.amin(1).tolist())
+            share = load / load.sum(1, keepdim=True) * o.n_expert  # (L, E), 1 is fair, n_expert / top_k the most
+            busiest, limit = share.amax(1).tolist(), min(3.0, 0.9 * o.n_expert / o.top_k)
+            entry.update(busiest=busiest, idlest=share.amin(1).tolist())
             line += f" | experts get {share.min():.2f} to {share.max():.2f} of a fair share"
-        if improved:
+            uneven = {i for i, most in enumerate(busiest) if most > limit and step > o.warmup_steps}
+            warnings_due = [(i, busiest[i]) for i in sorted(uneven & collapsed)]
+            collapsed = uneven
+        log(**entry, eval_seconds=time.perf_counter() - started)
+        # ckpt.pt is the best at full width, or over the uniform widths if the recipe is to serve others too
+        loss = losses[1.0] if o.recipe in ("moe", "m-moe") else sum(losses.values()) / len(losses)
+        if improved := loss < best:
             best = loss
             save(out / "ckpt.pt", step)
-        save(last, step, optimizer=optimizer.state_dict())
-        entry["eval_seconds"] = time.perf_counter() - started
-        log(**entry)
+        save_last(step)
         say(line + (" | best" if improved else ""))
-        if moes:
-            late = step > o.warmup_steps
-            before, collapsed = collapsed, {i for i, busiest in enumerate(entry["busiest"]) if late and busiest > 3}
-            for i in sorted(before & collapsed):
-                say(
-                    f"warning: one expert of MoE layer {i} gets {entry['busiest'][i]:.1f} times its fair share, as at "
-                    "the last evaluation: the router is collapsing. Raise --balance_coef, or give --bias_rate=0.001"
-                )
+        for i, most in warnings_due:
+            say(
+                f"warning: one expert of MoE layer {i} gets {most:.1f} times its fair share, as at the last "
+                "evaluation: the router is collapsing. Raise --balance_coef, or give --bias_rate=0.001"
+            )
 
     def run_step(step, report=None):
-        """Gradients of one step. Returns the mean losses of its passes at full width and of the others, the gradient
-        norm and the share of processes that were told to stop, as one tensor. report is called after every pass."""
+        """Gradients of one step. Returns (mean loss of its passes at full width, of the others, gradient norm, whether
+        a process was told to stop), as one tensor, over all processes. report is called after every pass."""
         nonlocal passed
         sums = torch.zeros(2, device=device)
         n_passes = torch.zeros(2)
         for micro in micros:
-            rng = np.random.default_rng([o.seed, step, micro])
+            rng = np.random.default_rng([o.seed, step, micro + 1])  # [seed, step] is the batch's, and so is [..., 0]
             batch = train_data.random_batch(o.seed, step, micro * o.batch_size, o.batch_size)
             idx, targets = (t[rows].pin_memory() if device.startswith("cuda") else t[rows] for t in batch)
             idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -641,10 +682,8 @@ def train(preset, o, given):
                     report(micro, width, loss, idx[some])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
         means = sums / n_passes.clamp_min(1).to(device)
-        stopping = norm.new_tensor([float(len(stop_signals))])
+        stopping = norm.new_tensor([float(bool(stop_signals))])
         return sum_over_processes(torch.cat([means, norm.view(1), stopping]), device) / world
-
-    stop_signals = []
 
     def on_interrupt(signum, frame):  # finish the step, save, leave; a second Ctrl-C does not wait
         stop_signals.append(signum)
@@ -653,28 +692,26 @@ def train(preset, o, given):
     if o.replay is not None:
         replay(o, model, run_step)
         return
-    if checkpoint and rank == 0:
-        log_lines = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
-        (out / "log.jsonl").write_text("".join(log_lines))
+    if rank == 0:
+        trim_log(out / "log.jsonl", start if resuming else -1)
     signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGTERM, on_interrupt)
-    val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
-    val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
-    if start == 0:
-        evaluate(0)
-    else:
+    if resuming:
         say(f"resuming after step {start}" + (", the last one: raise --steps to go on" if start >= o.steps else ""))
-    sums, steps_timed, seconds, began = {}, 0, 0.0, time.perf_counter()
+    else:
+        evaluate(0)
+    began = time.perf_counter()
     for step in range(start, o.steps):
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
-        loss_full, loss_narrow, norm, stopping = run_step(step).tolist()  # the step's one synchronisation
+        loss_full, loss_narrow, norm, stopping = run_step(step).tolist()  # at uniform widths the only synchronisation
         if not all(map(math.isfinite, (loss_full, loss_narrow, norm))):
+            save_last(step)
             raise UsageError(
                 f"step {step}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm {norm:g}; "
-                f"stopped before the update, {last} is the last good state. Look at the batch with --replay={step}; a "
-                "lower --learning_rate or a longer --warmup_steps usually helps"
+                f"stopped before the update and saved {last}. --replay={step} shows the passes of that step; in a new "
+                "run a lower --learning_rate or a longer --warmup_steps usually helps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -683,28 +720,31 @@ def train(preset, o, given):
                 load = sum_over_processes(moe.load, device).float()
                 moe.bias += o.bias_rate * (load.mean() - load).sign()
                 moe.load.zero_()
-        seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
-        for name, value in (("loss_full", loss_full), ("loss_narrow", loss_narrow), ("grad_norm", norm)):
-            sums[name] = sums.get(name, 0.0) + value
+        news = dict(
+            steps=1, seconds=time.perf_counter() - started, loss_full=loss_full, loss_narrow=loss_narrow, grad_norm=norm
+        )
+        window = {name: value + news[name] for name, value in window.items()}
 
         done = step + 1
         if done % o.log_interval == 0 or done == o.steps:
-            means = {name: value / steps_timed for name, value in sums.items() if value > 0}
-            speed = steps_timed * o.tokens_per_step / seconds
+            n, speed = window["steps"], window["steps"] * o.tokens_per_step / window["seconds"]
+            # a recipe without passes of one kind has no loss of that kind
+            means = {name: window[name] / n for name in ("loss_full", "loss_narrow", "grad_norm") if window[name]}
+            window = dict.fromkeys(window, 0)
             count_flops()
             log(step=done, **means, lr=learning_rate(step, o), tokens_per_s=speed, flops=flops)
             left = int((o.steps - done) * (time.perf_counter() - began) / (done - start))
             shown = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
             say(f"step {done}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {left // 60}m{left % 60:02d}s left")
-            sums, steps_timed, seconds = {}, 0, 0.0
         if done % o.eval_interval == 0 or done == o.steps:
             evaluate(done)
         if stopping:
-            count_flops()
-            save(last, done, optimizer=optimizer.state_dict())
+            save_last(done)
+            sum_over_processes(torch.zeros(1), device)  # who leaves first would have torchrun kill the one who saves
             say(f"stopped at step {done}; {last} is saved: continue with --resume")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def replay(o, model, run_step):
