@@ -29,7 +29,7 @@ class UsageError(ValueError):
 # -----------------------------------------------------------------------------
 # Widths: how much of every expert runs
 
-GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05
+GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05: level l is width l / GRID
 
 
 def check_width(width, name="width"):
@@ -225,7 +225,7 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
     for c, size in enumerate(sizes):
         if size:
             part = slice(start, start + size)
-            ys.append(mlp(rows[part], ends[c] - start, c, slot[part]))
+            ys.append(mlp(rows[part], ends[c] - start, c, slot[part]))  # ends count from the chunk's first row
             start += size
     ys = torch.cat(ys) if len(ys) > 1 else ys[0]
     back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N * k, device=x.device))  # undoes the sort
@@ -245,7 +245,7 @@ class SlimmableMoE(nn.Module):
         self.top_k, self.n_shared, self.norm_topk_prob = config.top_k, config.n_shared, config.norm_topk_prob
         self.balance_coef, self.z_coef, self.split_batch = config.balance_coef, config.z_coef, False
         self.router = nn.Linear(d, E, bias=False)
-        self.register_buffer("bias", torch.zeros(E), persistent=config.bias_rate > 0)
+        self.register_buffer("bias", torch.zeros(E), persistent=config.bias_rate > 0)  # updated by train.py
         stack = (E + config.n_shared, H, d)  # shared experts come last
         self.w_in = nn.Parameter(torch.empty(stack))  # row j is the input vector of neuron j ...
         self.w_out = nn.Parameter(torch.empty(stack))  # ... and its output vector: a width is a prefix of both
@@ -331,7 +331,9 @@ class SlimmableMoE(nn.Module):
             if mask is not None:
                 a = a * mask[slot].to(a.dtype)
             if limit is not None:
-                sure = neurons[c - 1]  # every slot here is wider than this: only the neurons after it can be too many
+                sure = neurons[
+                    c - 1
+                ]  # every slot is wider than the chunk before (0 is the skipped): check only the rest
                 a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
             return grouped_mm(a, w_out[:, :h], ends)
 
@@ -400,7 +402,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
         mask = None
         if cache is not None:
-            if x.device.type == "cpu":  # attention of one bfloat16 query takes six times as long as of a float32 one
+            if x.device.type == "cpu":  # in bfloat16, attention of a single query takes six times as long there
                 q, k, v = q.float(), k.float(), v.float()
             k, v = cache.extend(self.layer, k, v)
             seen = k.size(2)  # the T new tokens see all old ones, and each other causally
@@ -457,7 +459,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
         std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's 0.02 at its width of 768
         for name, p in self.named_parameters():
             if p.dim() > 1:
