@@ -276,6 +276,11 @@ def frontier(o):
         raise UsageError(
             f"{dataset} has {tokenizer} tokens, the checkpoint knows {first['tokenizer']}: choose another --dataset"
         )
+    if o.eval_tokens < block_size or o.batch_size < 1:
+        raise UsageError(
+            f"--eval_tokens must be at least one sequence, {block_size}, and --batch_size at least 1, not "
+            f"{o.eval_tokens} and {o.batch_size}"
+        )
     val_batches = val.fixed_batches(o.eval_tokens, o.batch_size)
     # the paper's 50 batches of 6 sequences, from the training split and never trained on in this order
     calibration = [train.random_batch(o.seed, 10**9 + i, 0, 6) for i in range(50)]

@@ -141,7 +141,7 @@ def read_table(path):
     try:
         for i, row in enumerate(datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)):
             if not isinstance(row.get("text"), str):
-                raise UsageError(f"{path}: row {i} has no text in a field 'text'; its fields: {', '.join(row)}")
+                raise UsageError(f"{path}: row {i} has no string in a field 'text'; its fields: {', '.join(row)}")
             if row["text"]:
                 yield row["text"], True
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, UnicodeDecodeError) as e:
@@ -246,6 +246,8 @@ def write_dataset(name, texts, tokenizer_name, source, root=Path("data")):
     final, partial, old = root / name, root / f".{name}.partial", root / f".{name}.old"
     if final.exists() and not (final / "meta.json").exists():
         raise UsageError(f"{final} exists and was not written by prepare.py: choose another --name")
+    if old.exists() and not final.exists():  # an earlier call was killed between the two renames below
+        old.rename(final)
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -327,7 +329,9 @@ def main(argv=None):
     first = args.source[0]
     name = args.name or Path(first).absolute().name.split(".")[0]
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"--name must be letters, digits, '.', '_' and '-', not {name!r}")
+        raise UsageError(
+            f"a dataset's name is of letters, digits, '.', '_' and '-', not {name!r}: choose one with --name"
+        )
     if len(args.source) > 1 and {"stdlib", "openwebtext"} & set(args.source):
         raise UsageError("stdlib and openwebtext stand alone: give one source, or files and folders of your own")
     tokenizer, source = args.tokenizer or "byte", " ".join(args.source)

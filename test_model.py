@@ -1264,7 +1264,12 @@ BAD = [  # program, arguments, what the line must name
     ("train", ["demo", *TINY, "--out_dir=x", "--dtype=float16"], "float16"),
     ("train", ["demo", *TINY, "--out_dir=x", "--eval_tokens=8"], "eval_tokens"),
     ("train", ["demo", *TINY, "--out_dir=garbage.pt"], "garbage.pt"),
-    ("train", ["demo", "--out_dir=out/mose", "--replay=40"], "0 to 39"),
+    ("train", ["demo", "--out_dir=out/mose", "--replay=41"], "1 to 40"),
+    ("train", ["demo", *TINY, "--out_dir=bad/model"], "already holds a run"),
+    ("sample", ["--checkpoint=bad/flipped.pt"], "does not match its checksum"),
+    ("bench", ["frontier", "out/mose/ckpt.pt", "--eval_tokens=10"], "eval_tokens"),
+    ("bench", ["frontier", "out/mose/ckpt.pt", "--batch_size=0"], "batch_size"),
+    ("prepare", ["bad/two words.txt"], "--name"),
     ("train", ["demo", "--out_dir=x", "--replay=3"], "no checkpoint"),
     ("train", ["demo", "--resume", "--out_dir=out/mose", "--seed=2"], "seed=2 contradicts"),
     ("train", ["demo", "--resume", "--out_dir=out/mose", "--recipe=moe"], "recipe=moe contradicts"),
@@ -1349,6 +1354,10 @@ class TestBadInput:
         whole = (workshop / "out/mose/last.pt").read_bytes()
         (bad / "half/last.pt").write_bytes(whole[: len(whole) // 2])
         (bad / "empty.pt").write_bytes(b"")
+        (bad / "model").mkdir()
+        (bad / "model/ckpt.pt").write_bytes(whole)
+        (bad / "flipped.pt").write_bytes(whole[:20000] + bytes([whole[20000] ^ 64]) + whole[20001:])
+        (bad / "two words.txt").write_text("text\n" * 100)
         torch.save(Bomb(), bad / "bomb/last.pt")  # a pickle that runs code
         shutil.copy(workshop / "out/mose/ckpt.pt", bad / "best/last.pt")
         for name, change in {

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class TrainConfig:
         "", "where checkpoints and log go; default out/PRESET, or out/PRESET-RECIPE if not the default one"
     )
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
-    replay: int | None = option(None, "run this step of the run in out_dir again, show its passes, and write nothing")
+    replay: int | None = option(None, "show the passes of this step of the run in out_dir, on the weights of last.pt")
     # what to train
     recipe: str = option("half", RECIPES_HELP)
     seed: int = option(1337, "of initial weights, data order, widths and dropout")
@@ -172,8 +173,8 @@ def check_options(o):
     check_width(o.train_width, "--train_width")
     if o.recipe == "half" and o.batch_size % 2:
         raise UsageError(f"--recipe=half halves micro-batches: --batch_size must be even, not {o.batch_size}")
-    if o.replay is not None and not 0 <= o.replay < o.steps:
-        raise UsageError(f"--replay must be a step of the run, 0 to {o.steps - 1}, not {o.replay}")
+    if o.replay is not None and not 1 <= o.replay <= o.steps:
+        raise UsageError(f"--replay must be a step of the run, 1 to {o.steps}, not {o.replay}")
     for name in (
         "steps",
         "tokens_per_step",
@@ -353,9 +354,8 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as e:  # torch wraps what the disk says in a RuntimeError
         Path(temporary).unlink(missing_ok=True)
         reason = (e.__context__ if isinstance(e, RuntimeError) else None) or e
-        raise UsageError(
-            f"{path} could not be written ({str(reason).splitlines()[0]}): the one before is intact"
-        ) from e
+        old = ": the one before is intact" if os.path.exists(path) else ""
+        raise UsageError(f"{path} could not be written ({str(reason).splitlines()[0]}){old}") from e
     os.replace(temporary, path)
 
 
@@ -364,8 +364,10 @@ def load_checkpoint(path, keys=KEYS):
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint {path}: train.py writes them")
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise UsageError(f"{path} is damaged: its record {damaged} does not match its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UsageError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from e
     missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
@@ -513,7 +515,7 @@ def train(preset, o, given):
     out, last = Path(o.out_dir), Path(o.out_dir) / "last.pt"
     resuming = o.resume or o.replay is not None
     written = last.stat().st_mtime_ns if last.exists() else None
-    if written and not resuming:
+    if not resuming and (last.exists() or (out / "ckpt.pt").exists()):
         raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
     o, checkpoint = resumed(preset, o, given) if resuming else (o, None)
     check_options(o)
@@ -690,6 +692,7 @@ def train(preset, o, given):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if o.replay is not None:
+        print(f"on the weights of {last}, after step {start}:")
         replay(o, model, run_step)
         return
     if rank == 0:
@@ -709,9 +712,9 @@ def train(preset, o, given):
         if not all(map(math.isfinite, (loss_full, loss_narrow, norm))):
             save_last(step)
             raise UsageError(
-                f"step {step}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm {norm:g}; "
-                f"stopped before the update and saved {last}. --replay={step} shows the passes of that step; in a new "
-                "run a lower --learning_rate or a longer --warmup_steps usually helps"
+                f"step {step + 1}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm {norm:g}: "
+                f"stopped before the update, saved {last}. --replay={step + 1} shows the passes of that step; a new run "
+                "with a lower --learning_rate or a longer --warmup_steps usually helps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -745,6 +748,7 @@ def train(preset, o, given):
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    say(f"{out / 'ckpt.pt'} is the best model, {last} the latest")
 
 
 def replay(o, model, run_step):
@@ -754,7 +758,7 @@ def replay(o, model, run_step):
         kind = f"width {width:g}" if isinstance(width, float) else type(width).__name__
         print(f"step {o.replay}, micro-batch {micro}, {len(idx)} sequences, {kind}: loss {loss.item():.4f}")
 
-    print(f"gradient norm {run_step(o.replay, report)[2].item():.4f}")
+    print(f"gradient norm {run_step(o.replay - 1, report)[2].item():.4f}")
     for name, p in model.named_parameters():
         bad = [(~values.isfinite()).sum().item() for values in (p, p.grad)]
         if any(bad):
