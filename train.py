@@ -712,9 +712,9 @@ def train(preset, o, given):
         if not all(map(math.isfinite, (loss_full, loss_narrow, norm))):
             save_last(step)
             raise UsageError(
-                f"step {step + 1}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm {norm:g}: "
-                f"stopped before the update, saved {last}. --replay={step + 1} shows the passes of that step; a new run "
-                "with a lower --learning_rate or a longer --warmup_steps usually helps"
+                f"step {step + 1}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm "
+                f"{norm:g}; stopped before the update, saved {last}. --replay={step + 1} shows the passes of that step; "
+                "a new run with a lower --learning_rate or a longer --warmup_steps usually helps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
