@@ -713,7 +713,7 @@ def train(preset, o, given):
             save_last(step)
             raise UsageError(
                 f"step {step + 1}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm "
-                f"{norm:g}; stopped before the update, saved {last}. --replay={step + 1} shows the passes of that step; "
+                f"{norm:g}; stopped before the update, saved {last}. --replay={step + 1} shows its passes; "
                 "a new run with a lower --learning_rate or a longer --warmup_steps usually helps"
             )
         optimizer.step()
