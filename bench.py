@@ -708,10 +708,10 @@ def best_point(run, budget):
     return min(points, key=lambda p: p["loss"]) if points else None
 
 
-def mean_and_error(values):
-    """(mean, standard error), as text."""
+def mean_and_error(values, sign=""):
+    """Mean and standard error, as text."""
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{error}"
+    return f"{statistics.mean(values):{sign}.3f}{error}"
 
 
 def report_study(runs, out):
@@ -746,7 +746,7 @@ def report_study(runs, out):
             mine = {run["seed"]: best_point(run, budget)["loss"] for run in rows.get(row, [])}
             pairs = [loss - theirs[seed] for seed, loss in mine.items() if seed in theirs]
             if pairs:
-                lines.append(f"| {row}: {name} | {mean_and_error(pairs)} |")
+                lines.append(f"| {row}: {name} | {mean_and_error(pairs, '+')} |")
     (out / "study.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     plot_study(rows, out)
@@ -770,7 +770,11 @@ def plot_study(rows, out):
     for i, row in enumerate(shown):
         curve = [(mean(rows[row], b, "flops_total"), mean(rows[row], b, "loss")) for b in BUDGETS]
         xy = [(x / 1e6, y) for x, y in curve if x is not None and y < xy[-1][1] + 0.1]
-        label = {"moe": "standard MoE, fewer experts or skipping", "mose": "mose, the paper's recipe"}.get(row, row)
+        label = {
+            "moe": "standard MoE, fewer experts or skipping",
+            "mose": "mose, the paper's recipe",
+            "half, more steps": "half, for the training FLOPs of the standard MoE",
+        }.get(row, row)
         ax.plot(*zip(*xy), marker=MARKERS[i], color=COLORS[i], label=label)
     ax.set(xlabel="forward MFLOPs per byte, everything counted", ylabel="validation loss (nats per byte)")
     ax.set_title("One training, every budget: each method at its best policy")
@@ -786,7 +790,9 @@ def plot_study(rows, out):
             loss = mean(group, budget, "loss")
             if row.startswith("narrow"):
                 loss = mean(group, 1.0, "loss") if row == f"narrow {budget:g}" else None
-            if loss is not None and "," not in row.replace(", more", ""):
+            best = min(mean(g, budget, "loss") or math.inf for g in rows.values())
+            # not the routing regimes, and not models cut to a width that they were not trained for
+            if loss is not None and loss < best + 0.2 and "," not in row.replace(", more", ""):
                 ax.plot(group[0]["training_flops"] / 1e12, loss, MARKERS[i % 7], color=COLORS[i % 7], label=row)
         ax.set(title=f"run at {budget:g} of the experts", xlabel="training TFLOPs")
         ax.grid(alpha=0.3)
