@@ -795,6 +795,7 @@ def plot_study(rows, out):
             if loss is not None and loss < best + 0.2 and "," not in row.replace(", more", ""):
                 ax.plot(group[0]["training_flops"] / 1e12, loss, MARKERS[i % 7], color=COLORS[i % 7], label=row)
         ax.set(title=f"run at {budget:g} of the experts", xlabel="training TFLOPs")
+        ax.margins(0.1, 0.4)  # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     axes[0].set_ylabel("validation loss (nats per byte)")

@@ -249,7 +249,7 @@ class SlimmableMoE(nn.Module):
         stack = (E + config.n_shared, H, d)  # shared experts come last
         self.w_in = nn.Parameter(torch.empty(stack))  # row j is the input vector of neuron j ...
         self.w_out = nn.Parameter(torch.empty(stack))  # ... and its output vector: a width is a prefix of both
-        for w in (self.w_in, self.w_out):
+        for w in (self.w_in, self.w_out):  # for a layer alone: GPT draws its weights anew
             nn.init.normal_(w, std=0.02)
         self.level_neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]
         counters = dict(load=(E,), tokens=(), neurons_used=(), neurons_run=())  # see GPT.read_stats
@@ -270,7 +270,7 @@ class SlimmableMoE(nn.Module):
         probs = router_logits.softmax(-1)  # (N, E)
         expert = (probs + self.bias).topk(self.top_k).indices  # (N, k)
         top_p = probs.gather(-1, expert)
-        widths = level = mask = None
+        widths = level = mask = None  # (N, k) of a policy; the same on the grid; or, for calibration, see soft_mask
         if not isinstance(neurons, int):
             widths = neurons.widths(top_p.detach())
             if getattr(neurons, "renormalize", False):
