@@ -23,7 +23,7 @@ import bench
 import prepare
 import sample
 import train
-from model import GPT, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, width_to_neurons
+from model import GPT, GPTConfig, KVCache, RouterWidth, SlimmableMoE, UsageError, cross_entropy, width_to_neurons
 
 torch.set_num_threads(1)  # the models are tiny
 HERE = Path(__file__).parent
@@ -456,6 +456,20 @@ class TestGPT:
         assert model(idx, ignored)[1].item() == pytest.approx(
             -log_p[:, :8].gather(-1, idx[:, :8, None]).mean().item(), rel=1e-5
         )
+
+    @pytest.mark.parametrize("n", [1, 31, 33, 200])
+    def test_the_gradient_of_the_loss_and_what_it_keeps_for_it(self, n):
+        logits, targets = torch.randn(n, 50, requires_grad=True), torch.randint(0, 50, (n,))
+        targets[n // 2 + 1 :] = -1
+        kept = []  # numbers in float32 until the backward pass; the logits themselves are there anyway
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = cross_entropy(logits, targets)
+        assert {t.untyped_storage().data_ptr() for t in kept if t.numel() >= 50} <= {logits.data_ptr()}
+        loss.backward()
+        used = (targets >= 0).double()
+        one_hot = F.one_hot(targets.clamp_min(0), 50)
+        slow = (logits.detach().double().softmax(-1) - one_hot) * (used / used.sum()).unsqueeze(1)
+        assert relative_error(logits.grad, slow) < 1e-6
 
     @pytest.mark.parametrize(
         "sizes",

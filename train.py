@@ -420,7 +420,8 @@ def sequence_losses(model, batches, width, device, dtype):
     for idx, targets in batches:
         with autocast(device, dtype):
             logits = model(idx.to(device), width=width)[0]
-        losses.append(F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), reduction="none").mean(1))
+        pairs = zip(logits, targets.to(device))  # a sequence at a time: float32 of a whole batch may not fit
+        losses.append(torch.stack([F.cross_entropy(l.float(), t) for l, t in pairs]))
     return torch.cat(losses).cpu()
 
 
