@@ -647,13 +647,13 @@ STUDY = {  # name: (seeds, options of `train.py demo`)
     "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=1024)),
     "m-moe": (1, dict(recipe="m-moe")),
     "moe, top-1": (1, dict(recipe="moe", **TOP_1)),
-    "serve, top-1": (1, dict(recipe="serve", **TOP_1)),
+    "half, top-1": (1, dict(recipe="half", steps=950, **TOP_1)),
     "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
-    "serve, fine-grained": (1, dict(recipe="serve", **FINE)),
+    "half, fine-grained": (1, dict(recipe="half", steps=950, **FINE)),
     "moe, fine-grained and shared": (1, dict(recipe="moe", **SHARED)),
-    "serve, fine-grained and shared": (1, dict(recipe="serve", **SHARED)),
+    "half, fine-grained and shared": (1, dict(recipe="half", steps=950, **SHARED)),
     "moe, bias-balanced": (1, dict(recipe="moe", **BIAS)),
-    "serve, bias-balanced": (1, dict(recipe="serve", **BIAS)),
+    "half, bias-balanced": (1, dict(recipe="half", steps=950, **BIAS)),
 }
 
 

@@ -332,9 +332,7 @@ class SlimmableMoE(nn.Module):
             if mask is not None:
                 a = a * mask[slot].to(a.dtype)
             if limit is not None:
-                sure = neurons[
-                    c - 1
-                ]  # every slot is wider than the chunk before (0 is the skipped): check only the rest
+                sure = neurons[c - 1]  # all slots are wider than the chunk before (0 is the skipped)
                 a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
             return grouped_mm(a, w_out[:, :h], ends)
 
