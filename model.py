@@ -454,7 +454,7 @@ def cross_entropy(logits, targets):
     """
     if torch.compiler.is_compiling():  # fuses it all
         return F.cross_entropy(logits.float(), targets, ignore_index=-1)
-    n = -(-len(logits) // 32)
+    n = max(2**22 // logits.size(-1), -(-len(logits) // 32))  # at least 4M logits at once, at most 32 pieces
     pieces = zip(logits.split(n), targets.split(n))
     total = sum(checkpoint(summed_cross_entropy, *piece, use_reentrant=False) for piece in pieces)
     return total / (targets >= 0).sum()
