@@ -413,39 +413,41 @@ def build(config, state, device, compile):
 
 
 def train_cases(config, state, device, dtype, batch, compile, recipe):
-    """Whole optimizer steps: recipe moe at full width; recipe mose at full width and at the column's."""
+    """Whole optimizer steps: recipes moe, and half at its mean budget and gamma; or recipe mose at every column."""
     idx = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
     cases, tokens = {}, idx.numel()
 
-    def case(model, widths):
+    def case(model, *passes):  # (sequences, width)
         optimizer = make_optimizer(model, TrainConfig())
 
         def run_case():
-            for width in widths:
+            for some, width in passes:
                 with autocast(device, dtype):
-                    _, loss, aux = model(idx, idx, width)
-                ((loss + aux) / len(widths)).backward()
+                    _, loss, aux = model(some, some, width)
+                ((loss + aux) / len(passes)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        flops = 3 * tokens * sum(model.flops_per_token(mean_width(w))[0] for w in widths)
+        flops = sum(3 * some.numel() * model.flops_per_token(mean_width(w))[0] for some, w in passes)
         return run_case, tokens, flops
 
     moe = build(config, state, device, compile)
+    cases["moe", 1.0] = case(moe, (idx, 1.0))
     if recipe == "mose":
-        cases["moe", 1.0] = case(moe, [1.0])
         for column in COLUMNS[1:]:
-            cases["moe", column] = case(moe, [1.0, column])
+            cases["moe", column] = case(moe, (idx, 1.0), (idx, column))
         return cases
-    cases["moe", 1.0] = case(moe, [1.0])
-    cases["dense", 1.0] = case(build(dense_config(config, 1.0), None, device, compile), [1.0])
+    if batch % 2 == 0:
+        half = batch // 2
+        cases["half", 1.0] = case(moe, (idx[:half], 1.0), (idx[half:], RouterWidth(0.525, 1.5)))
+    cases["dense", 1.0] = case(build(dense_config(config, 1.0), None, device, compile), (idx, 1.0))
     if not compile:
         nano = build(config, state, device, False)
         for block in nano.transformer.h:
             if block.moe:
                 block.mlp = NanoMoE(config).to(device)
-        cases["nanoMoE", 1.0] = case(nano, [1.0])
+        cases["nanoMoE", 1.0] = case(nano, (idx, 1.0))
     return cases
 
 
@@ -479,20 +481,11 @@ def inference_cases(config, state, device, dtype, batch, compile, seen, new):
 def speed(o):
     if o.checkpoint:
         checkpoint = load_checkpoint(o.checkpoint)
-        config, state, folder, name = (
-            GPTConfig(**checkpoint["config"]),
-            checkpoint["model"],
-            Path(o.checkpoint).parent,
-            o.checkpoint,
-        )
+        config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        folder, name = Path(o.checkpoint).parent, o.checkpoint
     else:
-        options = TrainConfig(**PRESETS[o.preset])
-        config, state, folder, name = (
-            make_config(options, 50257 if o.preset != "demo" else 257),
-            None,
-            Path(f"out/{o.preset}"),
-            o.preset,
-        )
+        config, state = make_config(TrainConfig(**PRESETS[o.preset]), 257 if o.preset == "demo" else 50257), None
+        folder, name = Path("out") / o.preset, o.preset
     if config.n_expert == 1:
         raise UsageError(f"{name} is a dense model: there is no width to measure")
     device, dtype, why = choose_device(o.device, o.dtype, config.n_embd)
@@ -506,7 +499,7 @@ def speed(o):
         rows = {
             "layer forward": lambda: layer_cases(config, device, dtype, n_tokens, False),
             "layer forward and backward": lambda: layer_cases(config, device, dtype, n_tokens, True),
-            "training step, recipe moe": lambda: train_cases(config, state, device, dtype, batch, compiled, "moe"),
+            "training step": lambda: train_cases(config, state, device, dtype, batch, compiled, "moe"),
             "training step, recipe mose": lambda: train_cases(config, state, device, dtype, batch, compiled, "mose"),
             "prefill": lambda: inference_cases(config, state, device, dtype, 1, compiled, 0, T),
             "decode, batch 1": lambda: inference_cases(config, state, device, dtype, 1, compiled, T // 2, 1),
@@ -526,16 +519,16 @@ def speed(o):
             seconds = time_in_turns({key: f for key, (f, _, _) in cases.items()}, device, o.seconds)
             for (kind, column), (f, tokens, flops) in cases.items():
                 t = seconds[kind, column]
-                full = cases[kind, 1.0]
+                base = ("dense" if kind == "dense" else "moe", 1.0)
                 result = dict(
                     row=row, mode=mode, kind=kind, column="uniform" if isinstance(column, float) else "router",
                     width=mean_width(column),
                     seconds=t, tokens_per_s=tokens / t, flops_per_s=flops / t, peak_bytes=peak_memory(f, device),
-                    # the time that the FLOPs predict, from this row's time at full width; 1 means width is time saved
-                    vs_flops=t / seconds[kind, 1.0] / (flops / full[2]),
+                    # against the time that the FLOPs predict from the MoE's at full width: 1 means FLOPs are time
+                    vs_flops=t / seconds[base] / (flops / cases[base][2]),
                 )  # fmt: skip
                 if kind != "dense" and ("dense", column) in seconds:
-                    result["vs_dense"] = t / seconds["dense", column]
+                    result["vs_dense"] = t / seconds["dense", column] / (flops / cases["dense", column][2])
                 results.append(result)
                 print_speed(result, first=(kind, column) == next(iter(cases)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -586,9 +579,8 @@ def plot_speed(results, path):
         mine = [r for r in results if r["row"] == row]
         curves = {}
         for r in mine:
-            if r["column"] == "uniform" and not (
-                row.startswith("training") and r["width"] == 1
-            ):  # that is one pass, not two
+            one_pass = row.startswith("training") and r["width"] == 1  # the others are two
+            if r["column"] == "uniform" and not one_pass:
                 curves.setdefault((r["kind"], r["mode"]), []).append(r)
         for i, ((kind, mode), curve) in enumerate(curves.items()):
             label = ("MoSE" if kind == "moe" else "dense, equal FLOPs") + (
