@@ -883,16 +883,22 @@ class TestTrain:
         probs = torch.rand(50, 2).sort(-1, descending=True).values
         for _ in range(50):
             passes = {recipe: train.training_passes(options(recipe), rng) for recipe in train.RECIPES}
-            assert passes["moe"] == [(0, 1, 1.0)]
-            assert [p[:2] for p in passes["serve"]] == [p[:2] for p in passes["mose"]] == [(0, 1), (0, 1)]
+            assert passes["moe"] == [(0, 1, 1.0, 1)]
+            assert [p[:2] for p in passes["mose"]] == [(0, 1), (0, 1)] and passes["mose"][1][2] in train.TRAIN_WIDTHS
             assert [p[:2] for p in passes["half"]] == [(0, 0.5), (0.5, 1)]
-            assert all(passes[recipe][0][2] == 1.0 for recipe in ("serve", "half", "mose"))
-            assert passes["mose"][1][2] in train.TRAIN_WIDTHS
-            for recipe in ("serve", "half"):
-                budget, gamma = passes[recipe][1][2]
-                assert len(budget.unique()) == 16 and 0.1 <= budget.min() and budget.max() < 0.95
-                assert 0 <= gamma.min() and gamma.max() < 3
-            ((_, _, policy),) = passes["m-moe"]
+            assert [p[:2] for p in passes["serve"]] == [(0, 0.5), (0.5, 1), (0.5, 1)]
+            for recipe in ("serve", "half", "mose"):
+                assert all(p[2] == 1.0 for p in passes[recipe][:-1])
+                # a gradient is steadiest if every sequence counts the same
+                counts = np.zeros(16)
+                for first, stop, _, weight in passes[recipe]:
+                    counts[round(16 * first) : round(16 * stop)] += weight / (stop - first) / 16
+                assert np.allclose(counts, 1 / 16)
+            for recipe, draws in (("serve", 16 * 1024), ("half", 16)):
+                served = passes[recipe][-1][2]
+                assert served.shape == (16, 1024, 2) and len(served.reshape(-1, 2).unique(dim=0)) == draws
+                assert (served >= torch.tensor([0.1, 0.0])).all() and (served <= torch.tensor([0.95, 3.0])).all()
+            ((_, _, policy, _),) = passes["m-moe"]
             widths = policy.widths(probs)
             assert widths.tolist() in ([[1, 0]] * 50, [[1, 1]] * 50) and policy.renormalize
         drawn = {policy.widths(probs)[0, 1].item() for _ in range(20)}

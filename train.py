@@ -41,8 +41,9 @@ from prepare import MAGIC, VERSION, Parser, run
 RECIPES = ("half", "serve", "mose", "moe", "m-moe")
 RECIPES_HELP = (
     "how micro-batches are run: half, half of the sequences at full width and half at router widths, budget and gamma "
-    "random for each; serve, all of them both ways; mose, all at full width and again at one random uniform width, as "
-    "in the paper; moe, all at full width only; m-moe, all with a random number of experts in every layer"
+    "random for each; serve, all at full width and half of them again at router widths, random for each token; mose, all "
+    "at full width and again at one random uniform width, as in the paper; moe, all at full width only; m-moe, all with a "
+    "random number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -171,8 +172,8 @@ def check_options(o):
     if o.recipe != "moe" and o.n_expert == 1:
         raise UsageError(f"--recipe={o.recipe} needs experts to slim: use --recipe=moe with --n_expert=1")
     check_width(o.train_width, "--train_width")
-    if o.recipe == "half" and o.batch_size % 2:
-        raise UsageError(f"--recipe=half halves micro-batches: --batch_size must be even, not {o.batch_size}")
+    if o.recipe in ("half", "serve") and o.batch_size % 2:
+        raise UsageError(f"--recipe={o.recipe} halves micro-batches: --batch_size must be even, not {o.batch_size}")
     if o.replay is not None and not 1 <= o.replay <= o.steps:
         raise UsageError(f"--replay must be a step of the run, 1 to {o.steps}, not {o.replay}")
     for name in (
@@ -442,19 +443,24 @@ class RandomExperts:
 
 
 def training_passes(o, rng):
-    """The passes of one micro-batch: [(first, stop, width), ...], the sequences of each as shares of the batch.
+    """The passes of one micro-batch, [(first, stop, width, weight), ...]: its sequences from first to stop, as shares of
+    the batch, at width, and what their mean loss counts; the weights sum to 1, and every sequence has the same.
 
-    width is a number, a width policy, or budget and gamma of RouterWidth for every sequence, (2, batch_size).
+    width is a number, a width policy, or budget and gamma of RouterWidth for every token, (batch_size, block_size, 2).
     """
     if o.recipe == "moe":
-        return [(0, 1, 1.0)]
+        return [(0, 1, 1.0, 1)]
     if o.recipe == "m-moe":
-        return [(0, 1, RandomExperts(rng))]
+        return [(0, 1, RandomExperts(rng), 1)]
     if o.recipe == "mose":  # the paper's equation 6
-        return [(0, 1, 1.0), (0, 1, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))])]
-    # what inference will ask for; a draw for each sequence gives steadier gradients than one for all
-    served = torch.tensor(rng.uniform((0.1, 0.0), (0.95, 3.0), (o.batch_size, 2)).T, dtype=torch.float32)
-    return [(0, 1, 1.0), (0, 1, served)] if o.recipe == "serve" else [(0, 0.5, 1.0), (0.5, 1, served)]
+        return [(0, 1, 1.0, 0.5), (0, 1, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))], 0.5)]
+    # what inference will ask for: many draws give steadier gradients than one for the whole batch
+    size = (o.batch_size, o.block_size if o.recipe == "serve" else 1, 2)
+    served = torch.tensor(rng.uniform((0.1, 0.0), (0.95, 3.0), size), dtype=torch.float32)
+    served = served.expand(-1, o.block_size, -1)
+    if o.recipe == "half":
+        return [(0, 0.5, 1.0, 0.5), (0.5, 1, served, 0.5)]
+    return [(0, 0.5, 1.0, 0.5), (0.5, 1, 1.0, 0.25), (0.5, 1, served, 0.25)]
 
 
 def join_processes(device):
@@ -530,13 +536,13 @@ def train(preset, o, given):
         raise UsageError(f"the run in {out} was made by another version of model.py: its config has other fields")
     rank, world, device = join_processes(device)
     # micro-batches are dealt out to the processes; where there are too few, each process takes a part of each
-    accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
+    accumulate, halved = o.tokens_per_step // (o.batch_size * o.block_size), o.recipe in ("half", "serve")
     if accumulate % world == 0:
         micros, rows = range(rank, accumulate, world), slice(None)
-    elif o.batch_size % (2 * world if o.recipe == "half" else world) == 0:
+    elif o.batch_size % (2 * world if halved else world) == 0:
         micros, rows = range(accumulate), slice(rank, None, world)
     else:
-        parts = f"{world} even parts" if o.recipe == "half" else f"{world} parts"
+        parts = f"{world} even parts" if halved else f"{world} parts"
         raise UsageError(
             f"{world} processes cannot share {accumulate} micro-batch(es) of --batch_size {o.batch_size}: their number "
             f"must be a multiple of {world}, or each must divide into {parts}"
@@ -666,17 +672,15 @@ def train(preset, o, given):
             idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             passes = training_passes(o, rng)
             torch.manual_seed(rng.integers(2**62) + (rows.start or 0))  # dropout
-            whole = sum(stop - first for first, stop, _ in passes)
-            for i, (first, stop, width) in enumerate(passes):
+            for i, (first, stop, width, weight) in enumerate(passes):
                 some = slice(round(first * len(idx)), round(stop * len(idx)))
-                if torch.is_tensor(width):  # every token takes its sequence's
-                    each = width[:, rows][:, some].repeat_interleave(o.block_size, 1)
-                    width = RouterWidth(*each.unsqueeze(-1).to(device))
+                if torch.is_tensor(width):
+                    width = RouterWidth(*width[rows][some].reshape(-1, 2).T.unsqueeze(-1).to(device))
                 final = micro == micros[-1] and i == len(passes) - 1  # gradients are exchanged once, at the end
                 with nullcontext() if final or world == 1 else parallel.no_sync():
                     with autocast(device, dtype):
                         _, loss, aux = parallel(idx[some], targets[some], width)
-                    ((loss + aux) * ((stop - first) / whole / len(micros))).backward()
+                    ((loss + aux) * (weight / len(micros))).backward()
                 narrow = int(not isinstance(width, float) or width < 1)
                 sums[narrow] += loss.detach()
                 n_passes[narrow] += 1
