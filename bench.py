@@ -31,6 +31,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -42,7 +43,7 @@ from train import (
     open_dataset, sequence_losses, to_inference,
 )  # fmt: skip
 
-BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25)
+BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.2)
 # Okabe and Ito: told apart by everybody
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vP*"
@@ -58,7 +59,9 @@ class PerLayer:
         self.policies, self.turn = policies, itertools.cycle(policies)
 
     def widths(self, probs):
-        return next(self.turn).widths(probs)
+        policy = next(self.turn)
+        self.budget = policy.budget  # of shared experts, asked for right after this
+        return policy.widths(probs)
 
 
 def calibrate(model, batches, budget, device, dtype, lr=0.1):
@@ -239,12 +242,11 @@ def plot_frontier(points, path):
             curves[checkpoint, "full width"] = curves.pop((checkpoint, policy))
     fig, ax = plt.subplots(figsize=(8, 5), dpi=150)
     for i, ((checkpoint, policy), curve) in enumerate(curves.items()):
-        several = len({c for c, _ in curves}) > 1
-        label = f"{Path(checkpoint).parent.name}: {policy}" if several else policy
+        label = f"{Path(checkpoint).parent.name}/{Path(checkpoint).name}: {policy}" if len(fulls) > 1 else policy
         x, y = [p["flops_total"] / 1e6 for p in curve], [p["bits_per_byte" if byte else "loss"] for p in curve]
         line = "--" if curve[0]["recipe"] in ("moe", "m-moe") else "-"
         ax.plot(x, y, marker=MARKERS[i % 7], color=COLORS[i % 7], linestyle=line, label=label)
-    slim = [p["bits_per_byte" if byte else "loss"] for p in points if p["recipe"] != "moe" or p["mean_width"] == 1]
+    slim = [p["bits_per_byte" if byte else "loss"] for p in points if p["policy"] != "truncated"]
     low, high = min(slim), max(slim)
     if high > low:  # a model cut to a width it was not trained for goes off the scale; the table has it
         ax.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low))
@@ -308,8 +310,9 @@ def frontier(o):
 COLUMNS = (1.0, 0.75, 0.5, 0.25, RouterWidth(0.5, 1.0))
 
 
-def mean_width(column):
-    return column if isinstance(column, float) else column.budget
+def nominal_width(column):
+    """The width that FLOPs are counted at. With a router budget a little more runs: see plan_chunks in model.py."""
+    return column if isinstance(column, float) else torch.as_tensor(column.budget).mean().item()
 
 
 class NanoMoE(nn.Module):
@@ -341,7 +344,9 @@ class NanoMoE(nn.Module):
 
 def synchronize(device):
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
 
 
 def time_in_turns(cases, device, seconds):
@@ -360,47 +365,50 @@ def time_in_turns(cases, device, seconds):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def peak_memory(run_case, device):
-    """Bytes allocated on the GPU at the peak, weights included. None on a CPU, whose allocator keeps no count."""
+def working_memory(run_case, device):
+    """Bytes that a case needs on the GPU besides weights and optimizer. None on a CPU: its allocator keeps no count."""
     if not device.startswith("cuda"):
         return None
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     run_case()
     synchronize(device)
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def layer_cases(config, device, dtype, n_tokens, backward):
     """{(kind, column): (function, tokens, FLOPs)} of the MoE layer alone, and of a dense MLP of equal active FLOPs."""
-    d, H, k = config.n_embd, config.expert_hidden, config.top_k
+    d, H, k = config.n_embd, config.expert_hidden, config.top_k + config.n_shared
     x = torch.randn(n_tokens, d, device=device, dtype=dtype, requires_grad=backward)
     g, moe = torch.randn_like(x), SlimmableMoE(config).to(device)
     nn.init.normal_(moe.router.weight, std=0.02)
     moe.w_in.data, moe.w_out.data = moe.w_in.data.to(dtype), moe.w_out.data.to(dtype)
     cases = {}
 
-    def case(f, parameters):
+    def case(f, layer):
+        inputs = [x, *layer.parameters()]
+
         def run_case():
             with torch.set_grad_enabled(backward):
                 y = f()
             if backward:
-                torch.autograd.grad(y, [x, *parameters], g)
+                torch.autograd.grad(y, inputs, g)
 
         return run_case
 
     for column in COLUMNS:
-        h = width_to_neurons(mean_width(column), H)
+        h = width_to_neurons(nominal_width(column), H)
         dense = MLP(d, k * h).to(device, dtype)
         flops = n_tokens * 4 * d * k * h * (3 if backward else 1)
-        cases["moe", column] = case(lambda column=column: moe(x, column)[0], moe.parameters()), n_tokens, flops
-        cases["dense", column] = case(lambda dense=dense: dense(x), dense.parameters()), n_tokens, flops
+        cases["moe", column] = case(lambda column=column: moe(x, column)[0], moe), n_tokens, flops
+        cases["dense", column] = case(lambda dense=dense: dense(x), dense), n_tokens, flops
     return cases
 
 
 def dense_config(config, column):
     """A dense GPT with the active parameters that the MoE has at this width."""
-    h = config.top_k * width_to_neurons(mean_width(column), config.expert_hidden)
-    return dataclasses.replace(config, n_expert=1, top_k=1, expert_hidden=h)
+    h = (config.top_k + config.n_shared) * width_to_neurons(nominal_width(column), config.expert_hidden)
+    return dataclasses.replace(config, n_expert=1, top_k=1, n_shared=0, expert_hidden=h)
 
 
 def build(config, state, device, compile):
@@ -413,7 +421,7 @@ def build(config, state, device, compile):
 
 
 def train_cases(config, state, device, dtype, batch, compile, recipe):
-    """Whole optimizer steps: recipes moe, and half at its mean budget and gamma; or recipe mose at every column."""
+    """Optimizer steps of one micro-batch: recipes moe and half, or recipe mose with its second pass at every column."""
     idx = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
     cases, tokens = {}, idx.numel()
 
@@ -429,7 +437,7 @@ def train_cases(config, state, device, dtype, batch, compile, recipe):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        flops = sum(3 * some.numel() * model.flops_per_token(mean_width(w))[0] for some, w in passes)
+        flops = sum(3 * some.numel() * model.flops_per_token(nominal_width(w))[0] for some, w in passes)
         return run_case, tokens, flops
 
     moe = build(config, state, device, compile)
@@ -439,8 +447,10 @@ def train_cases(config, state, device, dtype, batch, compile, recipe):
             cases["moe", column] = case(moe, (idx, 1.0), (idx, column))
         return cases
     if batch % 2 == 0:
-        half = batch // 2
-        cases["half", 1.0] = case(moe, (idx[:half], 1.0), (idx[half:], RouterWidth(0.525, 1.5)))
+        first, second = idx.chunk(2)
+        draws = torch.rand(len(second), 1, 2, device=device).expand(-1, config.block_size, -1).reshape(-1, 2, 1)
+        served = RouterWidth(0.1 + 0.85 * draws[:, 0], 3 * draws[:, 1])  # see training_passes in train.py
+        cases["half", 1.0] = case(moe, (first, 1.0), (second, served))
     cases["dense", 1.0] = case(build(dense_config(config, 1.0), None, device, compile), (idx, 1.0))
     if not compile:
         nano = build(config, state, device, False)
@@ -468,7 +478,9 @@ def inference_cases(config, state, device, dtype, batch, compile, seen, new):
             cache.length = seen
             model(idx[:, :new], width=width, cache=cache)
 
-        return run_case, batch * new, batch * new * model.flops_per_token(mean_width(width), seen + new)[0]
+        # the head runs at the last position only
+        flops = new * model.flops_per_token(nominal_width(width), seen + new)[0]
+        return run_case, batch * new, batch * (flops - (new - 1) * 2 * config.n_embd * config.vocab_size)
 
     moe = build(config, state, device, compile)
     for column in COLUMNS:
@@ -522,8 +534,8 @@ def speed(o):
                 base = ("dense" if kind == "dense" else "moe", 1.0)
                 result = dict(
                     row=row, mode=mode, kind=kind, column="uniform" if isinstance(column, float) else "router",
-                    width=mean_width(column),
-                    seconds=t, tokens_per_s=tokens / t, flops_per_s=flops / t, peak_bytes=peak_memory(f, device),
+                    width=nominal_width(column),
+                    seconds=t, tokens_per_s=tokens / t, flops_per_s=flops / t, working_bytes=working_memory(f, device),
                     # against the time that the FLOPs predict from the MoE's at full width: 1 means FLOPs are time
                     vs_flops=t / seconds[base] / (flops / cases[base][2]),
                 )  # fmt: skip
@@ -548,15 +560,15 @@ def speed(o):
 def print_speed(r, first):
     if first:
         print(
-            f"\n{r['row']} ({r['mode']})\n{'':<16} {'ms':>9} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8} "
+            f"\n{r['row']} ({r['mode']})\n{'':<16} {'ms':>9} {'tokens/s':>10} {'GFLOP/s':>8} {'work MB':>8} "
             f"{'x FLOPs':>8} {'x dense':>8}"
         )
     label = f"{r['kind']} {r['width']:g}" + (" router" if r["column"] == "router" else "")
-    peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f}"
+    memory = "" if r["working_bytes"] is None else f"{r['working_bytes'] / 1e6:.0f}"
     dense = f"{r['vs_dense']:.2f}" if "vs_dense" in r else ""
     print(
         f"{label:<16} {r['seconds'] * 1e3:>9.2f} {r['tokens_per_s']:>10,.0f} {r['flops_per_s'] / 1e9:>8.0f} "
-        f"{peak:>8} {r['vs_flops']:>8.2f} {dense:>8}",
+        f"{memory:>8} {r['vs_flops']:>8.2f} {dense:>8}",
         flush=True,
     )
 
@@ -656,7 +668,11 @@ def study_run(row, seed, options, threads):
     flags = [f"--{name}={value}" for name, value in options.items()]
     resume = ["--resume"] if (folder / "last.pt").exists() else []
     commands = [["train.py", "demo", f"--out_dir={folder}", f"--seed={seed}", "--eval_interval=400", *flags, *resume]]
-    if not (folder / "frontier.json").exists():
+    if (folder / "frontier.json").exists():
+        saved = load_checkpoint(folder / "last.pt")["options"]
+        if any(saved[name] != value for name, value in options.items()):
+            raise UsageError(f"{folder} holds a run with other options than the study's row {row!r}: move it away")
+    else:
         commands.append(["bench.py", "frontier", str(folder / "last.pt"), "--eval_tokens=65536"])
         with open(folder / "output.txt", "a") as output:
             for command in commands:
@@ -682,22 +698,38 @@ def study(o):
     out.mkdir(exist_ok=True)
     file = out / "study.json"
     done = {(r["row"], r["seed"]): r for r in json.loads(file.read_text())["runs"]} if file.exists() else {}
+    done = {key: run for key, run in done.items() if key[0] in STUDY}
     tasks = [(row, 1337 + i) for i in range(3) for row in rows if i < STUDY[row][0]]
-    with ThreadPoolExecutor(o.jobs) as pool:
-        threads = max(1, os.cpu_count() // o.jobs)
-        futures = {pool.submit(study_run, row, seed, STUDY[row][1], threads): (row, seed) for row, seed in tasks}
+    pool, threads = ThreadPoolExecutor(o.jobs), max(1, os.cpu_count() // o.jobs)
+    futures = {pool.submit(study_run, row, seed, STUDY[row][1], threads): (row, seed) for row, seed in tasks}
+    try:
         for i, future in enumerate(as_completed(futures), 1):
             done[futures[future]] = future.result()
             runs = sorted(done.values(), key=lambda r: (list(STUDY).index(r["row"]), r["seed"]))
             file.write_text(json.dumps(dict(runs=runs), indent=1) + "\n")
             print(f"{i} of {len(tasks)}: {futures[future][0]}, seed {futures[future][1]}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or a failure, start no other row
     report_study(runs, out)
 
 
-def best_point(run, budget):
-    """The point of least loss among the run's policies at this mean width, or None."""
-    points = [p for p in run["points"] if abs(p["mean_width"] - budget) < 0.03]
-    return min(points, key=lambda p: p["loss"]) if points else None
+def best_at(run, share):
+    """(loss, policy) of the run's best policy where that share of the experts' FLOPs is spent, or None if none reaches.
+
+    What is spent is what ran, which with router widths is more than the budget; so between two measured points the loss
+    is interpolated linearly, which flatters nobody: the curves are convex.
+    """
+    full, *points = run["points"]
+    if share == 1:
+        return full["loss"], "full width"
+    curves, found = {}, []
+    for p in points:
+        curves.setdefault(p["policy"], [full]).append(p)
+    for policy, curve in curves.items():
+        spent, loss = zip(*sorted((p["flops_expert"] / full["flops_expert"], p["loss"]) for p in curve))
+        if spent[0] < share + 0.001:
+            found.append((float(np.interp(share, spent, loss)), policy))
+    return min(found, default=None)
 
 
 def mean_and_error(values, sign=""):
@@ -712,30 +744,31 @@ def report_study(runs, out):
     for one in runs:
         rows.setdefault(one["row"], []).append(one)
     lines = [
-        "Validation loss in nats per byte, mean and standard error over seeds; made by `make study`.",
+        "Validation loss in nats per byte where that share of the experts' FLOPs is spent (linear between measured",
+        "points), at the best policy; mean and standard error over seeds. Made by `make study`.",
         f"{runs[0]['hardware']}; torch {runs[0]['torch']}; {runs[0]['eval_tokens']:,} validation bytes.",
         "",
-        "| training | seeds | steps | training FLOPs | full | budget 0.5, best policy | budget 0.25, best policy |",
+        "| training | seeds | steps | training FLOPs | full | half | a quarter |",
         "|---|---|---|---|---|---|---|",
     ]
     for row, group in rows.items():
         cells = [row, len(group), group[0]["steps"], f"{group[0]['training_flops']:.3g}"]
-        for budget in (1.0, 0.5, 0.25):
-            points = [best_point(run, budget) for run in group]
-            policies = "" if None in points else ", ".join(sorted({p["policy"] for p in points} - {"uniform"}))
-            loss = "" if None in points else mean_and_error([p["loss"] for p in points])
-            cells.append(loss + (f" ({policies})" if policies else ""))
+        for share in (1.0, 0.5, 0.25):
+            found = [best_at(run, share) for run in group]
+            cells.append("" if None in found else mean_and_error([loss for loss, _ in found]))
+            if share < 1 and cells[-1]:
+                cells[-1] += f" ({', '.join(sorted({policy for _, policy in found}))})"
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Differences, seed by seed:", "", "| | difference |", "|---|---|"]
-    for name, row, budget, other in (
-        ("full width, minus moe", None, 1.0, "moe"),
-        ("budget 0.5, minus moe at full width", None, 0.5, "moe"),
-        ("budget 0.5, minus an MoE trained at 0.5", None, 0.5, "narrow 0.5"),
-        ("budget 0.25, minus an MoE trained at 0.25", None, 0.25, "narrow 0.25"),
+    for name, share, other in (
+        ("full width, minus moe", 1.0, "moe"),
+        ("half, minus moe at full width", 0.5, "moe"),
+        ("half, minus an MoE trained at 0.5", 0.5, "narrow 0.5"),
+        ("a quarter, minus an MoE trained at 0.25", 0.25, "narrow 0.25"),
     ):
         for row in ("mose", "serve", "half", "half, more steps"):
-            theirs = {run["seed"]: best_point(run, 1.0)["loss"] for run in rows.get(other, [])}
-            mine = {run["seed"]: best_point(run, budget)["loss"] for run in rows.get(row, [])}
+            theirs = {run["seed"]: best_at(run, 1.0)[0] for run in rows.get(other, [])}
+            mine = {run["seed"]: best_at(run, share)[0] for run in rows.get(row, [])}
             pairs = [loss - theirs[seed] for seed, loss in mine.items() if seed in theirs]
             if pairs:
                 lines.append(f"| {row}: {name} | {mean_and_error(pairs, '+')} |")
@@ -750,24 +783,30 @@ def plot_study(rows, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def mean(group, budget, value):
-        points = [best_point(run, budget) for run in group]
-        return None if None in points else statistics.mean(p[value] for p in points)
+    def mean_loss(group, share):
+        found = [best_at(run, share) for run in group]
+        return None if None in found else statistics.mean(loss for loss, _ in found)
+
+    def mflops(group, share):
+        full = group[0]["points"][0]
+        return (full["flops_total"] - (1 - share) * full["flops_expert"]) / 1e6
 
     fig, ax = plt.subplots(figsize=(8, 5.5), dpi=150)
     narrow = [rows[row] for row in ("moe", "narrow 0.5", "narrow 0.25") if row in rows]
-    xy = [(mean(group, 1.0, "flops_total") / 1e6, mean(group, 1.0, "loss")) for group in narrow]
-    ax.plot(*zip(*xy), "k--", marker="o", label="standard MoEs, one trained for each width")
+    xy = [(mflops(group, 1.0), mean_loss(group, 1.0)) for group in narrow]
+    ceiling = max((y for _, y in xy), default=math.inf) + 0.1
+    if xy:
+        ax.plot(*zip(*xy), "k--", marker="o", label="standard MoEs, one trained for each width")
     shown = [row for row in ("moe", "serve", "half", "half, more steps", "mose", "m-moe", "dense") if row in rows]
     for i, row in enumerate(shown):
-        curve = [(mean(rows[row], b, "flops_total"), mean(rows[row], b, "loss")) for b in BUDGETS]
-        xy = [(x / 1e6, y) for x, y in curve if x is not None and y < xy[-1][1] + 0.1]
+        curve = [(mflops(rows[row], share), mean_loss(rows[row], share)) for share in (1.0, 0.75, 0.5, 0.375, 0.25)]
+        curve = [(x, y) for x, y in curve if y is not None and y < ceiling]
         label = {
             "moe": "standard MoE, fewer experts or skipping",
             "mose": "mose, the paper's recipe",
             "half, more steps": "half, for the training FLOPs of the standard MoE",
         }.get(row, row)
-        ax.plot(*zip(*xy), marker=MARKERS[i], color=COLORS[i], label=label)
+        ax.plot(*zip(*curve), marker=MARKERS[i], color=COLORS[i], label=label)
     ax.set(xlabel="forward MFLOPs per byte, everything counted", ylabel="validation loss (nats per byte)")
     ax.set_title("One training, every budget: each method at its best policy")
     ax.grid(alpha=0.3)
@@ -777,16 +816,17 @@ def plot_study(rows, out):
     plt.close(fig)
 
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), dpi=130, sharey=True)
-    for ax, budget in zip(axes, (1.0, 0.5, 0.25)):
-        for i, (row, group) in enumerate(rows.items()):
-            loss = mean(group, budget, "loss")
-            if row.startswith("narrow"):
-                loss = mean(group, 1.0, "loss") if row == f"narrow {budget:g}" else None
-            best = min(mean(g, budget, "loss") or math.inf for g in rows.values())
-            # not the routing regimes, and not models cut to a width that they were not trained for
-            if loss is not None and loss < best + 0.2 and "," not in row.replace(", more", ""):
-                ax.plot(group[0]["training_flops"] / 1e12, loss, MARKERS[i % 7], color=COLORS[i % 7], label=row)
-        ax.set(title=f"run at {budget:g} of the experts", xlabel="training TFLOPs")
+    for ax, share in zip(axes, (1.0, 0.5, 0.25)):
+        losses = {row: mean_loss(group, share) for row, group in rows.items() if not row.startswith("narrow")}
+        if f"narrow {share:g}" in rows:
+            losses["narrow"] = mean_loss(rows[f"narrow {share:g}"], 1.0)
+        # not the routing regimes, and not models cut to a width that they were not trained for
+        losses = {row: l for row, l in losses.items() if l is not None and "," not in row.replace(", more", "")}
+        for i, row in enumerate(("moe", "narrow", "dense", "m-moe", "mose", "serve", "half", "half, more steps")):
+            if row in losses and losses[row] < min(losses.values()) + 0.2:
+                group = rows[row if row in rows else f"narrow {share:g}"]
+                ax.plot(group[0]["training_flops"] / 1e12, losses[row], "osD^vP*X"[i], color=COLORS[i % 7], label=row)
+        ax.set(title=f"{share:g} of the experts' FLOPs", xlabel="training TFLOPs")
         ax.margins(0.1, 0.4)  # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)

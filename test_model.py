@@ -1144,8 +1144,8 @@ class TestBench:
             assert p["flops_expert"] < p["flops_total"] and p["tokens_per_s"] > 0
             assert p["bits_per_byte"] == pytest.approx(p["loss"] / math.log(2))
         assert {key: len(v) for key, v in points.items()} == {
-            ("mose", "uniform"): 5, ("mose", "router"): 4, ("mose", "calibrated"): 4, ("mose", "skip"): 2,
-            ("mose", "fewer experts"): 1, ("moe", "uniform"): 1, ("moe", "truncated"): 4, ("moe", "fewer experts"): 1,
+            ("mose", "uniform"): 6, ("mose", "router"): 5, ("mose", "calibrated"): 5, ("mose", "skip"): 2,
+            ("mose", "fewer experts"): 1, ("moe", "uniform"): 1, ("moe", "truncated"): 5, ("moe", "fewer experts"): 1,
             ("moe", "skip"): 2, ("dense", "uniform"): 1,
         }  # fmt: skip
         for policy in ("router", "calibrated"):
@@ -1165,6 +1165,29 @@ class TestBench:
                 c = GPTConfig(**torch.load(p["checkpoint"], weights_only=True)["config"])
                 at_mean = p["mean_width"] * 2 * c.n_layer * 4 * c.n_embd * c.expert_hidden
                 assert at_mean * 0.999 <= p["flops_expert"] < at_mean * 1.2
+
+    def test_policies_per_layer_give_shared_experts_their_budget(self):
+        model = GPT(config(n_shared=1))
+        policy = bench.PerLayer([RouterWidth(b, 2.0) for b in (0.25,)])
+        model(torch.randint(0, 64, (4, 32)), width=policy)
+        assert model.read_stats()[0] == pytest.approx(0.25, abs=0.02)
+
+    def test_losses_are_compared_where_as_many_flops_ran(self):
+        point = lambda policy, flops, loss: dict(policy=policy, flops_expert=flops, loss=loss)  # noqa: E731
+        one = dict(points=[point("uniform", 100.0, 1.0), point("uniform", 25.0, 2.0), point("router", 60.0, 1.1),
+                           point("router", 40.0, 1.5), point("skip", 70.0, 0.9)])  # fmt: skip
+        assert bench.best_at(one, 1.0) == (1.0, "full width")
+        assert bench.best_at(one, 0.5) == (pytest.approx(1.3), "router")  # uniform would have 1.67
+        assert bench.best_at(one, 0.85) == (pytest.approx(0.95), "skip")
+        assert bench.best_at(one, 0.25) == (2.0, "uniform") and bench.best_at(one, 0.2) is None
+
+    def test_what_speed_times_has_all_gradients_every_time(self, monkeypatch):
+        counts = []
+        grad = torch.autograd.grad
+        monkeypatch.setattr(torch.autograd, "grad", lambda y, x, g: counts.append(len(x)) or grad(y, x, g))
+        for f, _, _ in bench.layer_cases(config(), "cpu", torch.float32, 64, True).values():
+            f(), f()
+        assert counts == [4, 4, 3, 3] * len(bench.COLUMNS)
 
     def test_calibration_does_not_touch_the_weights(self, inside):
         model, _ = train.load_model("out/mose/ckpt.pt")

@@ -41,9 +41,9 @@ from prepare import MAGIC, VERSION, Parser, run
 RECIPES = ("half", "serve", "mose", "moe", "m-moe")
 RECIPES_HELP = (
     "how micro-batches are run: half, half of the sequences at full width and half at router widths, budget and gamma "
-    "random for each; serve, all at full width and half of them again at router widths, random for each token; mose, all "
-    "at full width and again at one random uniform width, as in the paper; moe, all at full width only; m-moe, all with a "
-    "random number of experts in every layer"
+    "random for each; serve, all at full width and half of them again at router widths, random for each token; mose, "
+    "all at full width and again at one random uniform width, as in the paper; moe, all at full width only; m-moe, all "
+    "with a random number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -443,8 +443,8 @@ class RandomExperts:
 
 
 def training_passes(o, rng):
-    """The passes of one micro-batch, [(first, stop, width, weight), ...]: its sequences from first to stop, as shares of
-    the batch, at width, and what their mean loss counts; the weights sum to 1, and every sequence has the same.
+    """The passes of one micro-batch, [(first, stop, width, weight), ...]: its sequences from first to stop, as shares
+    of the batch, at width, and what their mean loss counts; the weights sum to 1, and every sequence counts the same.
 
     width is a number, a width policy, or budget and gamma of RouterWidth for every token, (batch_size, block_size, 2).
     """
@@ -639,7 +639,7 @@ def train(preset, o, given):
         warnings_due = []
         if moes:
             share = load / load.sum(1, keepdim=True) * o.n_expert  # (L, E), 1 is fair, n_expert / top_k the most
-            busiest, limit = share.amax(1).tolist(), min(3.0, 0.9 * o.n_expert / o.top_k)
+            busiest, limit = share.amax(1).tolist(), min(3.0, 1 + 0.9 * (o.n_expert / o.top_k - 1))
             entry.update(busiest=busiest, idlest=share.amin(1).tolist())
             line += f" | experts get {share.min():.2f} to {share.max():.2f} of a fair share"
             uneven = {i for i, most in enumerate(busiest) if most > limit and step > o.warmup_steps}
@@ -656,7 +656,7 @@ def train(preset, o, given):
         for i, most in warnings_due:
             say(
                 f"warning: one expert of MoE layer {i} gets {most:.1f} times its fair share, as at the last "
-                "evaluation: the router is collapsing. Raise --balance_coef, or give --bias_rate=0.001"
+                "evaluation: the router is collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001"
             )
 
     def run_step(step, report=None):
@@ -687,7 +687,9 @@ def train(preset, o, given):
                 passed += idx[some].numel()
                 if report:
                     report(micro, width, loss, idx[some])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        if o.grad_clip and report is None:  # clipping by a norm that is not finite would hide where that comes from
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), o.grad_clip, norm)
         means = sums / n_passes.clamp_min(1).to(device)
         stopping = norm.new_tensor([float(bool(stop_signals))])
         return sum_over_processes(torch.cat([means, norm.view(1), stopping]), device) / world
@@ -716,6 +718,7 @@ def train(preset, o, given):
         loss_full, loss_narrow, norm, stopping = run_step(step).tolist()  # at uniform widths the only synchronisation
         if not all(map(math.isfinite, (loss_full, loss_narrow, norm))):
             save_last(step)
+            sum_over_processes(torch.zeros(1), device)  # who leaves first would have torchrun kill the one who saves
             raise UsageError(
                 f"step {step + 1}: loss {loss_full:g} at full width, {loss_narrow:g} at others, gradient norm "
                 f"{norm:g}; stopped before the update, saved {last}. --replay={step + 1} shows its passes; "
@@ -748,7 +751,7 @@ def train(preset, o, given):
             evaluate(done)
         if stopping:
             save_last(done)
-            sum_over_processes(torch.zeros(1), device)  # who leaves first would have torchrun kill the one who saves
+            sum_over_processes(torch.zeros(1), device)
             say(f"stopped at step {done}; {last} is saved: continue with --resume")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
