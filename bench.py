@@ -324,7 +324,7 @@ class NanoMoE(nn.Module):
         moe = SlimmableMoE(config)
         self.top_k, self.router, self.w_in, self.w_out = config.top_k, moe.router, moe.w_in, moe.w_out
 
-    def run(self, x, neurons, losses=True):
+    def forward(self, x, width, losses=True):
         shape, k, E = x.shape, self.top_k, self.w_in.size(0)
         x = x.reshape(-1, shape[-1])
         capacity = int(1.25 * k * len(x) / E)

@@ -41,7 +41,7 @@ def check_width(width, name="width"):
 def width_to_neurons(width, n_hidden):
     """The neurons that run at `width` in (0, 1]: the multiple of 8 nearest to width * n_hidden, at least 8.
 
-    Multiples of 8 keep the rows of a bf16 matrix on the 16-byte boundaries that grouped GEMM kernels need.
+    Multiples of 8 keep the rows of bf16 activations (n, h) on the 16-byte boundaries that grouped GEMM kernels need.
     """
     check_width(width)
     if n_hidden < 8 or n_hidden % 8:
@@ -54,10 +54,10 @@ class RouterWidth:
 
     budget: mean width over a token's selected experts, at most 1; the k of them share k * budget.
     gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width; a
-        large gamma at budget 1/k runs only the likeliest expert.
+        large gamma at budget 1/k runs only the likeliest expert (with the weight that it has among the k).
 
-    Both can be tensors (N, 1), one value per token: then they are not checked. If gamma is a tensor that requires grad,
-    it is being learned (see `calibrate` in bench.py), and widths are continuous, off the grid.
+    Both can be tensors (N, 1), one value per token: then they are not checked. If one requires grad, it is being
+    learned (see `calibrate` in bench.py), and widths are continuous, off the grid.
 
     Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place. If it has an
     attribute `budget`, that is the width of shared experts (else 1); if it has a true attribute `renormalize`, the
@@ -110,8 +110,12 @@ class GPTConfig:
     dropout: float = 0.0
     balance_coef: float = 0.01  # weight of the load-balancing loss
     z_coef: float = 0.001  # weight of the router's z-loss
-    bias_rate: float = 0.0  # step of loss-free balancing (DeepSeek-V3): a bias that steers selection only; 0 is without
-    norm_topk_prob: bool = True  # selected experts' probabilities are renormalised; with top_k=1 better not (Switch)
+    bias_rate: float = (
+        0.0  # step of loss-free balancing (DeepSeek-V3): a bias that steers selection only; 0 turns it off
+    )
+    norm_topk_prob: bool = (
+        True  # selected experts' probabilities are renormalised; not with top_k=1, where that is always 1
+    )
 
     def __post_init__(self):
         if self.expert_hidden is None:
@@ -121,8 +125,7 @@ class GPTConfig:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise UsageError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        if self.expert_hidden < 8 or self.expert_hidden % 8:
-            raise UsageError(f"expert_hidden must be a positive multiple of 8, not {self.expert_hidden}")
+        width_to_neurons(1.0, self.expert_hidden)  # refuses what is not a multiple of 8
         if self.n_expert > 1 and self.n_embd % 8:
             raise UsageError(f"n_embd must be a multiple of 8 for grouped matrix products, not {self.n_embd}")
         if self.n_expert > 1 and self.top_k > self.n_expert:
@@ -161,7 +164,7 @@ def grouped_mm(a, b, ends):
     return F.grouped_mm(a, b, offs=ends)
 
 
-# torch.compile traces F.grouped_mm in bfloat16 only. This is the same product, but it need not look inside.
+# torch.compile traces F.grouped_mm in bfloat16 only. This is the same product as an operator that it does not trace.
 @torch.library.custom_op("mose::grouped_mm", mutates_args=())
 def opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return F.grouped_mm(a, b, offs=ends)
@@ -177,27 +180,26 @@ def opaque_backward(ctx, grad):
     return opaque_grouped_mm(grad, b.mT, ends), opaque_grouped_mm(a.mT, grad, ends), None
 
 
-def keep_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+opaque_grouped_mm.register_autograd(
+    opaque_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
-opaque_grouped_mm.register_autograd(opaque_backward, setup_context=keep_inputs)
-
-
-def plan_chunks(level, n_level):
-    """Decide which slots are processed together, from their width levels (N, k), each in [0, n_level).
+def plan_chunks(level):
+    """Decide which slots are processed together, from their width levels (N, k), each from 0 to GRID.
 
     A chunk's product for one expert is slow when it has few rows. So scarce levels wait for the next wider ones until
     1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
-    much is zeroed. Chunk 0 is level 0: the skipped slots.
+    much is zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all of them are one chunk at level 9.
+    Chunk 0 is level 0: the skipped slots.
     Returns the chunk of each slot (N, k), and lists of each chunk's number of slots and level, in ascending order.
     """
     # the host learns the counts here; it is the only place where per-token widths wait for the device
-    counts = (level.reshape(-1, 1) == torch.arange(n_level, device=level.device)).sum(0).tolist()
-    chunk_of, sizes, levels = [0] * n_level, counts[:1], [0]
-    for l in range(1, n_level):
+    counts = (level.reshape(-1, 1) == torch.arange(GRID + 1, device=level.device)).sum(0).tolist()
+    chunk_of, sizes, levels = [0] * (GRID + 1), counts[:1], [0]
+    for l in range(1, GRID + 1):
         if counts[l]:
-            if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():
+            if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():  # the open chunk is large enough
                 sizes.append(0)
                 levels.append(0)
             chunk_of[l] = len(sizes) - 1
@@ -206,7 +208,7 @@ def plan_chunks(level, n_level):
     return torch.tensor(chunk_of, device=level.device)[level], sizes, levels
 
 
-def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
+def dispatch(x, expert, weight, n_expert, mlp, chunk, sizes):
     """Take every token to its experts and add up what they return, weighted. No token is dropped, none is padded.
 
     x: (N, d) tokens
@@ -217,8 +219,7 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk=None, sizes=None):
     Returns (N, d).
     """
     N, k = expert.shape
-    sizes = sizes or [N * k]
-    key, slot = (expert if chunk is None else chunk * n_expert + expert).flatten().sort(stable=True)
+    key, slot = (chunk * n_expert + expert).flatten().sort(stable=True)
     groups = torch.arange(len(sizes) * n_expert, device=x.device)
     ends = torch.searchsorted(key, groups, right=True, out_int32=True).view(len(sizes), n_expert)
     rows = x.index_select(0, slot // k)  # (S, d), every token k times
@@ -248,35 +249,39 @@ class SlimmableMoE(nn.Module):
         self.router = nn.Linear(d, E, bias=False)
         self.register_buffer("bias", torch.zeros(E), persistent=config.bias_rate > 0)  # updated by train.py
         stack = (E + config.n_shared, H, d)  # shared experts come last
-        self.w_in = nn.Parameter(torch.empty(stack))  # row j is the input vector of neuron j ...
-        self.w_out = nn.Parameter(torch.empty(stack))  # ... and its output vector: a width is a prefix of both
-        for w in (self.w_in, self.w_out):  # for a layer alone: GPT draws its weights anew
-            nn.init.normal_(w, std=0.02)
+        self.w_in = nn.Parameter(0.02 * torch.randn(stack))  # row j is the input vector of neuron j ...
+        self.w_out = nn.Parameter(0.02 * torch.randn(stack))  # ... and its output vector: a width is a prefix of both
         self.level_neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]
-        counters = dict(load=(E,), tokens=(), neurons_used=(), neurons_run=())  # see GPT.read_stats
-        for name, size in counters.items():
+        for name, size in dict(load=E, tokens=(), neurons_used=(), neurons_run=()).items():  # see GPT.read_stats
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64), persistent=False)
 
-    def forward(self, x, width=1.0):
-        """x (..., d) and a width or width policy -> y (..., d) and the weighted router losses, a scalar."""
-        return self.run(x, width if hasattr(width, "widths") else width_to_neurons(width, self.w_in.size(1)))
+    def forward(self, x, width=1.0, losses=True):
+        """x (..., d) -> y (..., d) and the weighted router losses, a scalar (0 without `losses`: decoding needs none).
 
-    def run(self, x, neurons, losses=True):
-        """The same for a number of neurons or a policy. An int, which torch.compile can make a variable of its graph;
-        with a float it would compile every width anew. Decoding does without the losses."""
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])  # (N, d)
+        width: in (0, 1], or a width policy; or an int above 1, a number of neurons, as GPT gives it: torch.compile can
+        make an int a variable of its graph, but would compile anew for every float.
+        """
+        if isinstance(width, int) and width > 1:
+            return self.run(x, width, None, losses)
+        if hasattr(width, "widths"):
+            return self.run_policy(x, None, width, losses)
+        return self.run(x, width_to_neurons(width, self.w_in.size(1)), None, losses)
+
+    @torch.compiler.disable  # with a width per token, the sizes of the products are new every time
+    def run_policy(self, *args):
+        return self.run(*args)
+
+    def run(self, x, neurons, policy, losses):
+        shape, x = x.shape, x.reshape(-1, x.size(-1))  # (N, d)
         with torch.autocast(x.device.type, enabled=False):  # routing decisions are worth float32
             router_logits = F.linear(x.float(), self.router.weight.float())
         probs = router_logits.softmax(-1)  # (N, E)
         expert = (probs + self.bias).topk(self.top_k).indices  # (N, k)
         top_p = probs.gather(-1, expert)
-        widths = level = mask = None  # (N, k) of a policy; the same on the grid; or, for calibration, see soft_mask
-        if not isinstance(neurons, int):
-            widths = neurons.widths(top_p.detach())
-            if getattr(neurons, "renormalize", False):
-                top_p = top_p * (widths > 0)
-        weight = top_p / top_p.sum(-1, keepdim=True) if self.norm_topk_prob else top_p
+        widths = None if policy is None else policy.widths(top_p.detach())  # (N, k)
+        if getattr(policy, "renormalize", False):
+            top_p = top_p * (widths > 0)
+        weight = top_p / top_p.sum(-1, keepdim=True).clamp_min(1e-30) if self.norm_topk_prob else top_p
         load = torch.zeros_like(self.load).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
         self.load += load
         self.tokens += len(x)
@@ -293,13 +298,13 @@ class SlimmableMoE(nn.Module):
             shared = torch.arange(probs.size(1), len(self.w_in), device=x.device).expand(len(x), -1)
             expert, weight = torch.cat([expert, shared], 1), torch.cat([weight, torch.ones_like(shared)], 1)
             if widths is not None:
-                budget = torch.ones_like(shared, dtype=widths.dtype) * getattr(neurons, "budget", 1.0)
+                budget = torch.ones_like(shared, dtype=widths.dtype) * getattr(policy, "budget", 1.0)
                 widths = torch.cat([widths, budget], 1)
-        if widths is not None:
-            if widths.requires_grad:  # gamma is being learned: all neurons run, and count more or less
-                neurons, mask = self.w_in.size(1), self.soft_mask(widths)
-            else:
-                level = (widths * GRID).round().nan_to_num().long()  # (N, k); a NaN shows in the loss, not here
+        level = mask = None
+        if widths is not None and widths.requires_grad:  # being learned: all neurons run, and count more or less
+            neurons, mask = self.w_in.size(1), self.soft_mask(widths)
+        elif widths is not None:
+            level = (widths * GRID).round().nan_to_num().long()  # (N, k); a NaN shows in the loss, not here
 
         # grouped_mm is unknown to autocast: cast here
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -308,16 +313,14 @@ class SlimmableMoE(nn.Module):
         y = experts(x.to(dtype), expert, weight.to(dtype), neurons, level, mask)
         return y.view(shape), aux
 
-    run_policy = torch.compiler.disable(run)  # with a width per token, the sizes of the products are new every time
-
     def run_chunks(self, x, expert, weight, neurons, level, mask):
         """The experts' weighted outputs (N, d), at one number of neurons or at the width levels (N, k) of the slots."""
-        chunk = sizes = limit = None
+        chunk, sizes, limit = 0, [expert.numel()], None
         if level is None:
             neurons = [neurons]  # of every chunk: there is one
             self.neurons_used += expert.numel() * neurons[0]
         else:
-            chunk, sizes, levels = plan_chunks(level, GRID + 1)
+            chunk, sizes, levels = plan_chunks(level)
             neurons = [self.level_neurons[l] for l in levels]
             limit = torch.tensor(self.level_neurons, device=x.device)[level].view(-1, 1)  # (S, 1) neurons
             self.neurons_used += limit.sum()
@@ -332,7 +335,7 @@ class SlimmableMoE(nn.Module):
             if mask is not None:
                 a = a * mask[slot].to(a.dtype)
             if limit is not None:
-                sure = neurons[c - 1]  # all slots are wider than the chunk before (0 is the skipped)
+                sure = neurons[c - 1]  # the chunk before (0 is the skipped) is no wider than any slot
                 a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
             return grouped_mm(a, w_out[:, :h], ends)
 
@@ -342,7 +345,7 @@ class SlimmableMoE(nn.Module):
         """The same for the few slots of decoding on a CPU, without sorting: a token takes 5 to 30% less time."""
         slots = expert.flatten().tolist()
         limits = [neurons] * len(slots) if level is None else [self.level_neurons[l] for l in level.flatten().tolist()]
-        ys = torch.zeros(len(slots), x.size(1), dtype=x.dtype)
+        ys = x.new_zeros(len(slots), x.size(1))
         for i, (e, h) in enumerate(zip(slots, limits)):
             if h:
                 n = i // expert.size(1)
@@ -376,14 +379,12 @@ class KVCache:
     def __init__(self, config):
         self.size, self.length, self.kv = config.block_size, 0, {}
 
-    def extend(self, layer, k, v):
-        """Store the new tokens' k and v (B, n_head, T, head size); return those of all tokens so far."""
-        B, n_head, T, head_size = k.shape
+    def extend(self, layer, kv):
+        """Store the new tokens' keys and values (2, B, n_head, T, head size); return those of all tokens so far."""
+        stop = self.length + kv.size(3)
         if layer not in self.kv:
-            self.kv[layer] = k.new_empty(2, B, n_head, self.size, head_size)
-        stop = self.length + T
-        self.kv[layer][0, :, :, self.length : stop] = k
-        self.kv[layer][1, :, :, self.length : stop] = v
+            self.kv[layer] = kv.new_empty(*kv.shape[:3], self.size, kv.size(4))
+        self.kv[layer][:, :, :, self.length : stop] = kv
         return self.kv[layer][:, :, :, :stop]
 
 
@@ -397,19 +398,19 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, d = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
-        mask = None
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        (q, k, v), dtype, mask = qkv, qkv.dtype, None  # q, k, v: (B, n_head, T, head size)
         if cache is not None:
             if x.device.type == "cpu":  # in bfloat16, attention of a single query takes six times as long there
-                q, k, v = q.float(), k.float(), v.float()
-            k, v = cache.extend(self.layer, k, v)
-            seen = k.size(2)  # the T new tokens see all old ones, and each other causally
-            mask = None if T in (1, seen) else torch.ones(T, seen, dtype=torch.bool, device=x.device).tril(seen - T)
+                qkv = qkv.float()
+            q, (k, v) = qkv[0], cache.extend(self.layer, qkv[1:])
+            seen = k.size(2)
+            if 1 < T < seen:  # the T new tokens see all old ones, and each other causally
+                mask = torch.ones(T, seen, dtype=torch.bool, device=x.device).tril(seen - T)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, d).to(x.dtype)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, d).to(dtype)))
 
 
 class MLP(nn.Module):
@@ -435,15 +436,8 @@ class Block(nn.Module):
     def forward(self, x, neurons, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         h = self.ln_2(x)
-        if not self.moe:
-            return x + self.dropout(self.mlp(h)), 0.0
-        run = self.mlp.run if isinstance(neurons, int) else self.mlp.run_policy
-        y, aux = run(h, neurons, losses=cache is None)
+        y, aux = self.mlp(h, neurons, cache is None) if self.moe else (self.mlp(h), 0.0)
         return x + self.dropout(y), aux
-
-
-def summed_cross_entropy(logits, targets):
-    return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
 
 
 def cross_entropy(logits, targets):
@@ -452,11 +446,16 @@ def cross_entropy(logits, targets):
     In pieces that the backward pass computes again: a softmax in float32 for every token at once would take three times
     the memory of the logits, and with GPT-2's vocabulary, on a CPU, most of the training step's time.
     """
-    if torch.compiler.is_compiling():  # fuses it all
-        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+
+    def summed(logits, targets):
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
+
     n = max(2**22 // logits.size(-1), -(-len(logits) // 32))  # at least 4M logits at once, at most 32 pieces
     pieces = zip(logits.split(n), targets.split(n))
-    total = sum(checkpoint(summed_cross_entropy, *piece, use_reentrant=False) for piece in pieces)
+    if torch.compiler.is_compiling():  # fuses it all
+        total = summed(logits, targets)
+    else:
+        total = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces)
     return total / (targets >= 0).sum()
 
 
@@ -495,11 +494,11 @@ class GPT(nn.Module):
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if T == 0 or start + T > self.config.block_size:
-            raise UsageError(f"{start + T} tokens do not fit the context: block_size is {self.config.block_size}")
+            raise UsageError(f"{start + T} tokens do not fit the context, 1 to block_size = {self.config.block_size}")
         if cache is not None and targets is not None:
             raise UsageError("a cache is for generation, which has no targets: give one or the other")
         if self.config.n_expert == 1 and width != 1:
-            raise UsageError(f"a dense model (n_expert=1) has no experts to slim: width must be 1, not {width}")
+            raise UsageError("a dense model (n_expert=1) has no experts to slim: width must be 1")
         neurons = width if hasattr(width, "widths") else width_to_neurons(width, self.config.expert_hidden)
         return self.body(idx, targets, neurons, cache)
 
@@ -516,9 +515,7 @@ class GPT(nn.Module):
             cache.length += idx.size(1)
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
-        loss = None
-        if targets is not None:
-            loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = None if targets is None else cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss, aux
 
     def num_params(self):
@@ -587,8 +584,8 @@ class GPT(nn.Module):
                 new = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
+                    top = logits.topk(min(top_k, logits.size(-1)))  # by index: in bfloat16 many are equal
+                    logits = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values)
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, new], dim=1)[:, -self.config.block_size :]
             yield new

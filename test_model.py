@@ -326,6 +326,15 @@ class TestLayer:
         layer.router.weight.data.zero_()  # no preference: perfectly balanced in probability
         assert layer(x)[1].item() == pytest.approx(0.01 + 0.001 * math.log(4) ** 2, rel=1e-5)
 
+    def test_a_token_that_a_policy_leaves_no_expert_gets_zeros(self):
+        class Nothing:
+            renormalize = True
+
+            def widths(self, probs):
+                return torch.zeros_like(probs)
+
+        assert (make_layer(32, 64, 4, 2)(torch.randn(5, 32), Nothing())[0] == 0).all()
+
     def test_calibration_is_exact_on_the_grid_and_its_gradient_is_true(self):
         layer, x = make_layer(32, 256, 4, 2), torch.randn(64, 32)
         target = torch.randn(64, 32)
