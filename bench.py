@@ -103,8 +103,7 @@ class Skip:
         self.share = share
 
     def widths(self, probs):
-        keep = probs > self.share * probs.amax(-1, keepdim=True)
-        return (keep | (probs == probs.amax(-1, keepdim=True))).to(probs.dtype)
+        return (probs >= self.share * probs.amax(-1, keepdim=True)).to(probs.dtype)
 
 
 class TopP:
@@ -245,7 +244,7 @@ def plot_frontier(points, path):
         label = f"{Path(checkpoint).parent.name}/{Path(checkpoint).name}: {policy}" if len(fulls) > 1 else policy
         x, y = [p["flops_total"] / 1e6 for p in curve], [p["bits_per_byte" if byte else "loss"] for p in curve]
         line = "--" if curve[0]["recipe"] in ("moe", "m-moe") else "-"
-        ax.plot(x, y, marker=MARKERS[i % 7], color=COLORS[i % 7], linestyle=line, label=label)
+        ax.plot(x, y, marker=MARKERS[(i + i // 7) % 7], color=COLORS[i % 7], linestyle=line, label=label)
     slim = [p["bits_per_byte" if byte else "loss"] for p in points if p["policy"] != "truncated"]
     low, high = min(slim), max(slim)
     if high > low:  # a model cut to a width it was not trained for goes off the scale; the table has it
@@ -461,7 +460,7 @@ def train_cases(config, state, device, dtype, batch, compile, recipe):
     return cases
 
 
-def inference_cases(config, state, device, dtype, batch, compile, seen, new):
+def inference_cases(config, state, device, dtype, compile, batch, seen, new):
     """Forward passes over `new` tokens after `seen` ones that are in the cache already."""
     cases = {}
 
@@ -508,20 +507,17 @@ def speed(o):
     results = []
     for mode in ("eager", "compile") if o.compile else ("eager",):
         compiled = mode == "compile"
+        infer = lambda *sizes: lambda: inference_cases(config, state, device, dtype, compiled, *sizes)
         rows = {
             "layer forward": lambda: layer_cases(config, device, dtype, n_tokens, False),
             "layer forward and backward": lambda: layer_cases(config, device, dtype, n_tokens, True),
             "training step": lambda: train_cases(config, state, device, dtype, batch, compiled, "moe"),
             "training step, recipe mose": lambda: train_cases(config, state, device, dtype, batch, compiled, "mose"),
-            "prefill": lambda: inference_cases(config, state, device, dtype, 1, compiled, 0, T),
-            "decode, batch 1": lambda: inference_cases(config, state, device, dtype, 1, compiled, T // 2, 1),
-            "decode, batch 16": lambda: inference_cases(config, state, device, dtype, 16, compiled, T // 2, 1),
-            "decode, batch 1, context a tenth full": lambda: inference_cases(
-                config, state, device, dtype, 1, compiled, T // 10, 1
-            ),
-            "decode, batch 1, context nine tenths full": lambda: inference_cases(
-                config, state, device, dtype, 1, compiled, T * 9 // 10, 1
-            ),
+            "prefill": infer(1, 0, T),
+            "decode, batch 1": infer(1, T // 2, 1),
+            "decode, batch 16": infer(16, T // 2, 1),
+            "decode, batch 1, context a tenth full": infer(1, T // 10, 1),
+            "decode, batch 1, context nine tenths full": infer(1, T * 9 // 10, 1),
         }
         for row, make_cases in rows.items():
             if compiled and row.startswith("layer"):

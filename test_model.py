@@ -1097,6 +1097,19 @@ class TestTrain:
         assert out.count("step 3, micro-batch") == 4 and "gradient norm" in out  # two micro-batches, two passes each
         assert Path("out/mose/last.pt").stat().st_mtime_ns == before
 
+    def test_a_run_killed_in_its_first_evaluation_goes_on(self, inside, tmp_path, monkeypatch):
+        def die(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(train, "sequence_losses", die)
+            call(train, "demo", *TINY, f"--out_dir={tmp_path}/a", "--steps=5")
+        call(train, "demo", f"--out_dir={tmp_path}/a", "--resume")
+        call(train, "demo", *TINY, f"--out_dir={tmp_path}/b", "--steps=5")
+        logs = [[json.loads(line) for line in open(tmp_path / run / "log.jsonl")] for run in "ab"]
+        assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [0, 5, 5]
+        assert logs[0][2]["val_loss"] == logs[1][2]["val_loss"]
+
     def test_a_collapsing_router_is_named(self, inside, tmp_path, capsys, monkeypatch):
         class Collapsed(GPT):
             def __init__(self, config):

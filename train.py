@@ -128,17 +128,7 @@ PRESETS = {
 }
 
 # what a resumed run may change; anything else would make it another run
-MAY_CHANGE = {
-    "resume",
-    "replay",
-    "out_dir",
-    "steps",
-    "eval_interval",
-    "eval_tokens",
-    "log_interval",
-    "device",
-    "compile",
-}
+MAY_CHANGE = set("resume replay out_dir steps eval_interval eval_tokens log_interval device compile".split())
 
 
 def parse_bool(text):
@@ -176,27 +166,10 @@ def check_options(o):
         raise UsageError(f"--recipe={o.recipe} halves micro-batches: --batch_size must be even, not {o.batch_size}")
     if o.replay is not None and not 1 <= o.replay <= o.steps:
         raise UsageError(f"--replay must be a step of the run, 1 to {o.steps}, not {o.replay}")
-    for name in (
-        "steps",
-        "tokens_per_step",
-        "batch_size",
-        "eval_interval",
-        "eval_tokens",
-        "log_interval",
-        "block_size",
-    ):
+    for name in "steps tokens_per_step batch_size eval_interval eval_tokens log_interval block_size".split():
         if getattr(o, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(o, name)}")
-    for name in (
-        "seed",
-        "warmup_steps",
-        "weight_decay",
-        "grad_clip",
-        "balance_coef",
-        "z_coef",
-        "bias_rate",
-        "expert_hidden",
-    ):
+    for name in "seed warmup_steps weight_decay grad_clip balance_coef z_coef bias_rate expert_hidden".split():
         if not 0 <= getattr(o, name) < math.inf:
             raise UsageError(f"--{name} must be a finite number of at least 0, not {getattr(o, name)}")
     if o.seed >= 2**63:
@@ -703,12 +676,14 @@ def train(preset, o, given):
         replay(o, model, run_step)
         return
     if rank == 0:
-        trim_log(out / "log.jsonl", start if resuming else -1)
+        trim_log(out / "log.jsonl", start or -1)
     signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGTERM, on_interrupt)
     if resuming:
         say(f"resuming after step {start}" + (", the last one: raise --steps to go on" if start >= o.steps else ""))
     else:
+        save_last(0)  # from here on --resume works, whatever happens
+    if start == 0:
         evaluate(0)
     began = time.perf_counter()
     for step in range(start, o.steps):
