@@ -371,21 +371,21 @@ class SlimmableMoE(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: per layer (2, B, n_head, block_size, head size), allocated once.
+    """Keys and values of the tokens seen so far: (n_layer, 2, B, n_head, block_size, head size), allocated once.
 
     `length` of them are filled. GPT.forward advances it, once all layers have extended theirs.
     """
 
     def __init__(self, config):
-        self.size, self.length, self.kv = config.block_size, 0, {}
+        self.n_layer, self.size, self.length, self.kv = config.n_layer, config.block_size, 0, None
 
     def extend(self, layer, kv):
         """Store the new tokens' keys and values (2, B, n_head, T, head size); return those of all tokens so far."""
+        if self.kv is None:
+            self.kv = kv.new_empty(self.n_layer, *kv.shape[:3], self.size, kv.size(4))
         stop = self.length + kv.size(3)
-        if layer not in self.kv:
-            self.kv[layer] = kv.new_empty(*kv.shape[:3], self.size, kv.size(4))
-        self.kv[layer][:, :, :, self.length : stop] = kv
-        return self.kv[layer][:, :, :, :stop]
+        self.kv[layer, :, :, :, self.length : stop] = kv
+        return self.kv[layer, :, :, :, :stop]
 
 
 class CausalSelfAttention(nn.Module):

@@ -533,16 +533,21 @@ class TestGPT:
             return [loss.detach(), *(p.grad for p in model.parameters())]
 
         widths = [1.0, 0.5] + [level / 20 for level in range(2, 20, 3)]
-        eager, body, graphs = (
-            [gradients(w) for w in widths],
-            model.body,
-            torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        )
-        model.body = torch.compile(body, fullgraph=True)  # no graph breaks
+        eager, graphs = [gradients(w) for w in widths], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        model.body = torch.compile(model.body, fullgraph=True)  # no graph breaks
         for width, expected in zip(widths, eager):
             for a, b in zip(gradients(width), expected):
                 assert relative_error(a, b) < (1e-5 if dtype == torch.float32 else 0.1)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2  # the first width, then any width
+
+    def test_compiled_decoding_shares_a_graph_at_every_position(self):
+        torch._dynamo.reset()
+        model, idx = GPT(config()).eval(), torch.randint(0, 64, (1, 5))
+        expected = model.generate(idx, 20, temperature=0)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        model.body = torch.compile(model.body, fullgraph=True)
+        assert torch.equal(model.generate(idx, 20, temperature=0), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2  # the prompt, then any position
 
     def test_compiled_router_widths_of_any_budget_share_graphs_too(self):
         torch._dynamo.reset()
