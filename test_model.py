@@ -900,7 +900,7 @@ class TestTrain:
             assert passes["moe"] == [(0, 1, 1.0, 1)]
             assert [p[:2] for p in passes["mose"]] == [(0, 1), (0, 1)] and passes["mose"][1][2] in train.TRAIN_WIDTHS
             assert [p[:2] for p in passes["half"]] == [(0, 0.5), (0.5, 1)]
-            assert [p[:2] for p in passes["serve"]] == [(0, 0.5), (0.5, 1), (0.5, 1)]
+            assert [p[:2] for p in passes["serve"]] == [(0, 1), (0, 1)]
             for recipe in ("serve", "half", "mose"):
                 assert all(p[2] == 1.0 for p in passes[recipe][:-1])
                 # a gradient is steadiest if every sequence counts the same

@@ -41,9 +41,9 @@ from prepare import MAGIC, VERSION, Parser, run
 RECIPES = ("half", "serve", "mose", "moe", "m-moe")
 RECIPES_HELP = (
     "how micro-batches are run: half, half of the sequences at full width and half at router widths, budget and gamma "
-    "random for each; serve, all at full width and half of them again at router widths, random for each token; mose, "
-    "all at full width and again at one random uniform width, as in the paper; moe, all at full width only; m-moe, all "
-    "with a random number of experts in every layer"
+    "random for each; serve, all at full width and again at router widths, random for each token; mose, all at full "
+    "width and again at one random uniform width, as in the paper; moe, all at full width only; m-moe, all with a "
+    "random number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -162,8 +162,8 @@ def check_options(o):
     if o.recipe != "moe" and o.n_expert == 1:
         raise UsageError(f"--recipe={o.recipe} needs experts to slim: use --recipe=moe with --n_expert=1")
     check_width(o.train_width, "--train_width")
-    if o.recipe in ("half", "serve") and o.batch_size % 2:
-        raise UsageError(f"--recipe={o.recipe} halves micro-batches: --batch_size must be even, not {o.batch_size}")
+    if o.recipe == "half" and o.batch_size % 2:
+        raise UsageError(f"--recipe=half halves micro-batches: --batch_size must be even, not {o.batch_size}")
     if o.replay is not None and not 1 <= o.replay <= o.steps:
         raise UsageError(f"--replay must be a step of the run, 1 to {o.steps}, not {o.replay}")
     for name in "steps tokens_per_step batch_size eval_interval eval_tokens log_interval block_size".split():
@@ -433,7 +433,7 @@ def training_passes(o, rng):
     served = served.expand(-1, o.block_size, -1)
     if o.recipe == "half":
         return [(0, 0.5, 1.0, 0.5), (0.5, 1, served, 0.5)]
-    return [(0, 0.5, 1.0, 0.5), (0.5, 1, 1.0, 0.25), (0.5, 1, served, 0.25)]
+    return [(0, 1, 1.0, 0.5), (0, 1, served, 0.5)]
 
 
 def join_processes(device):
@@ -509,7 +509,7 @@ def train(preset, o, given):
         raise UsageError(f"the run in {out} was made by another version of model.py: its config has other fields")
     rank, world, device = join_processes(device)
     # micro-batches are dealt out to the processes; where there are too few, each process takes a part of each
-    accumulate, halved = o.tokens_per_step // (o.batch_size * o.block_size), o.recipe in ("half", "serve")
+    accumulate, halved = o.tokens_per_step // (o.batch_size * o.block_size), o.recipe == "half"
     if accumulate % world == 0:
         micros, rows = range(rank, accumulate, world), slice(None)
     elif o.batch_size % (2 * world if halved else world) == 0:
