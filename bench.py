@@ -822,7 +822,7 @@ def plot_study(rows, out):
             if row in losses and losses[row] < min(losses.values()) + 0.2:
                 group = rows[row if row in rows else f"narrow {share:g}"]
                 ax.plot(group[0]["training_flops"] / 1e12, losses[row], "osD^vP*X"[i], color=COLORS[i % 7], label=row)
-        ax.set(title=f"{share:g} of the experts' FLOPs", xlabel="training TFLOPs")
+        ax.set(title={1: "full width"}.get(share, f"{share:g} of the experts' FLOPs"), xlabel="training TFLOPs")
         ax.margins(0.1, 0.4)  # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
