@@ -646,6 +646,7 @@ STUDY = {  # name: (seeds, options of `train.py demo`)
     "mose": (3, dict(recipe="mose")),
     "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=1024)),
     "m-moe": (1, dict(recipe="m-moe")),
+    "m-moe, more steps": (3, dict(recipe="m-moe", steps=975)),  # the same
     "moe, top-1": (1, dict(recipe="moe", **TOP_1)),
     "half, top-1": (1, dict(recipe="half", steps=950, **TOP_1)),
     "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
@@ -762,9 +763,9 @@ def report_study(runs, out):
         ("half, minus an MoE trained at 0.5", 0.5, "narrow 0.5"),
         ("a quarter, minus an MoE trained at 0.25", 0.25, "narrow 0.25"),
     ):
-        for row in ("mose", "serve", "half", "half, more steps"):
+        for row in ("mose", "serve", "half", "half, more steps", "m-moe, more steps"):
             theirs = {run["seed"]: best_at(run, 1.0)[0] for run in rows.get(other, [])}
-            mine = {run["seed"]: best_at(run, share)[0] for run in rows.get(row, [])}
+            mine = {run["seed"]: best_at(run, share)[0] for run in rows.get(row, []) if best_at(run, share)}
             pairs = [loss - theirs[seed] for seed, loss in mine.items() if seed in theirs]
             if pairs:
                 lines.append(f"| {row}: {name} | {mean_and_error(pairs, '+')} |")
@@ -793,7 +794,9 @@ def plot_study(rows, out):
     ceiling = max((y for _, y in xy), default=math.inf) + 0.1
     if xy:
         ax.plot(*zip(*xy), "k--", marker="o", label="standard MoEs, one trained for each width")
-    shown = [row for row in ("moe", "serve", "half", "half, more steps", "mose", "m-moe", "dense") if row in rows]
+    shown = [
+        row for row in ("moe", "serve", "half", "half, more steps", "mose", "m-moe, more steps", "dense") if row in rows
+    ]
     for i, row in enumerate(shown):
         curve = [(mflops(rows[row], share), mean_loss(rows[row], share)) for share in (1.0, 0.75, 0.5, 0.375, 0.25)]
         curve = [(x, y) for x, y in curve if y is not None and y < ceiling]
@@ -801,6 +804,7 @@ def plot_study(rows, out):
             "moe": "standard MoE, fewer experts or skipping",
             "mose": "mose, the paper's recipe",
             "half, more steps": "half, for the training FLOPs of the standard MoE",
+            "m-moe, more steps": "m-moe, for the same FLOPs",
         }.get(row, row)
         ax.plot(*zip(*curve), marker=MARKERS[i], color=COLORS[i], label=label)
     ax.set(xlabel="forward MFLOPs per byte, everything counted", ylabel="validation loss (nats per byte)")
@@ -818,10 +822,11 @@ def plot_study(rows, out):
             losses["narrow"] = mean_loss(rows[f"narrow {share:g}"], 1.0)
         # not the routing regimes, and not models cut to a width that they were not trained for
         losses = {row: l for row, l in losses.items() if l is not None and "," not in row.replace(", more", "")}
-        for i, row in enumerate(("moe", "narrow", "dense", "m-moe", "mose", "serve", "half", "half, more steps")):
+        methods = "moe", "narrow", "dense", "mose", "serve", "half", "half, more steps", "m-moe", "m-moe, more steps"
+        for i, row in enumerate(methods):
             if row in losses and losses[row] < min(losses.values()) + 0.2:
                 group = rows[row if row in rows else f"narrow {share:g}"]
-                ax.plot(group[0]["training_flops"] / 1e12, losses[row], "osD^vP*X"[i], color=COLORS[i % 7], label=row)
+                ax.plot(group[0]["training_flops"] / 1e12, losses[row], "osD^vP*Xp"[i], color=COLORS[i % 7], label=row)
         ax.set(title={1: "full width"}.get(share, f"{share:g} of the experts' FLOPs"), xlabel="training TFLOPs")
         ax.margins(0.1, 0.4)  # room for the legend
         ax.grid(alpha=0.3)
