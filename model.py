@@ -110,12 +110,8 @@ class GPTConfig:
     dropout: float = 0.0
     balance_coef: float = 0.01  # weight of the load-balancing loss
     z_coef: float = 0.001  # weight of the router's z-loss
-    bias_rate: float = (
-        0.0  # step of loss-free balancing (DeepSeek-V3): a bias that steers selection only; 0 turns it off
-    )
-    norm_topk_prob: bool = (
-        True  # selected experts' probabilities are renormalised; not with top_k=1, where that is always 1
-    )
+    bias_rate: float = 0.0  # loss-free balancing (DeepSeek-V3): the step of a bias that steers selection only
+    norm_topk_prob: bool = True  # renormalise the selected experts' probabilities; not for top_k=1: always 1
 
     def __post_init__(self):
         if self.expert_hidden is None:

@@ -59,12 +59,8 @@ def option(default, help):
 @dataclass
 class TrainConfig:
     # data and output
-    dataset: str = option(
-        "openwebtext", "folder in data/, or a path to any folder with *train*.bin and *val*.bin shards"
-    )
-    out_dir: str = option(
-        "", "where checkpoints and log go; default out/PRESET, or out/PRESET-RECIPE if not the default one"
-    )
+    dataset: str = option("openwebtext", "folder in data/, or a path to any with *train*.bin and *val*.bin shards")
+    out_dir: str = option("", "for checkpoints and log; default out/PRESET, and -RECIPE if that is not the default one")
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
     replay: int | None = option(None, "show the passes of this step of the run in out_dir, on the weights of last.pt")
     # what to train
@@ -77,9 +73,7 @@ class TrainConfig:
     top_k: int = option(2, "experts a token is sent to")
     n_shared: int = option(0, "experts that every token visits besides")
     expert_hidden: int = option(0, "neurons of one expert, a multiple of 8; 0 means 4 * n_embd")
-    train_width: float = option(
-        1.0, "share of those neurons that the experts get, to train a narrow model for comparison"
-    )
+    train_width: float = option(1.0, "share of those neurons that experts get: a narrow model, for comparison")
     moe_every: int = option(2, "every how many blocks one holds experts, starting with the first")
     block_size: int = option(1024, "context length in tokens")
     dropout: float = option(0.0, "dropout rate")
