@@ -43,7 +43,7 @@ from train import (
     open_dataset, sequence_losses, to_inference,
 )  # fmt: skip
 
-BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.2)
+BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.2, 0.15)
 # Okabe and Ito: told apart by everybody
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vP*"
