@@ -651,7 +651,7 @@ STUDY = {  # name: (seeds, options of `train.py demo`)
     "half, top-1": (1, dict(recipe="half", steps=950, **TOP_1)),
     "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
     "half, fine-grained": (1, dict(recipe="half", steps=950, **FINE)),
-    "m-moe, fine-grained": (1, dict(recipe="m-moe", steps=975, **FINE)),
+    "m-moe, fine-grained": (1, dict(recipe="m-moe", steps=1160, **FINE)),
     "moe, fine-grained and shared": (1, dict(recipe="moe", **SHARED)),
     "half, fine-grained and shared": (1, dict(recipe="half", steps=950, **SHARED)),
     "moe, bias-balanced": (1, dict(recipe="moe", **BIAS)),
