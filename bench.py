@@ -420,7 +420,7 @@ def build(config, state, device, compile):
 
 
 def train_cases(config, state, device, dtype, batch, compile, recipe):
-    """Optimizer steps of one micro-batch: recipes moe and half, or recipe mose with its second pass at every column."""
+    """Optimizer steps of one micro-batch: recipes moe and serve, or mose with its second pass at every column."""
     idx = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
     cases, tokens = {}, idx.numel()
 
@@ -445,11 +445,9 @@ def train_cases(config, state, device, dtype, batch, compile, recipe):
         for column in COLUMNS[1:]:
             cases["moe", column] = case(moe, (idx, 1.0), (idx, column))
         return cases
-    if batch % 2 == 0:
-        first, second = idx.chunk(2)
-        draws = torch.rand(len(second), 1, 2, device=device).expand(-1, config.block_size, -1).reshape(-1, 2, 1)
-        served = RouterWidth(0.1 + 0.85 * draws[:, 0], 3 * draws[:, 1])  # see training_passes in train.py
-        cases["half", 1.0] = case(moe, (first, 1.0), (second, served))
+    draws = torch.rand(batch, 2, 1, device=device).repeat_interleave(config.block_size, 0)
+    served = RouterWidth(0.1 + 0.9 * draws[:, 0], 3 * draws[:, 1])  # see training_passes in train.py
+    cases["serve", 0.55] = case(moe, (idx, served))
     cases["dense", 1.0] = case(build(dense_config(config, 1.0), None, device, compile), (idx, 1.0))
     if not compile:
         nano = build(config, state, device, False)
@@ -641,21 +639,24 @@ STUDY = {  # name: (seeds, options of `train.py demo`)
     "narrow 0.5": (3, dict(recipe="moe", train_width=0.5)),
     "narrow 0.25": (3, dict(recipe="moe", train_width=0.25)),
     "serve": (3, dict(recipe="serve")),
-    "half": (3, dict(recipe="half")),
-    "half, more steps": (3, dict(recipe="half", steps=950)),  # as many training FLOPs as moe
     "mose": (3, dict(recipe="mose")),
-    "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=1024)),
     "m-moe": (1, dict(recipe="m-moe")),
-    "m-moe, more steps": (3, dict(recipe="m-moe", steps=975)),  # the same
+    "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=1024)),
+    # as many training FLOPs as moe, which is more text
+    "serve, more steps": (3, dict(recipe="serve", steps=1090)),
+    "m-moe, more steps": (3, dict(recipe="m-moe", steps=975)),
+    "narrow 0.5, more steps": (1, dict(recipe="moe", train_width=0.5, steps=1230)),
+    "narrow 0.25, more steps": (1, dict(recipe="moe", train_width=0.25, steps=1690)),
+    # routing regimes, for as many FLOPs again
     "moe, top-1": (1, dict(recipe="moe", **TOP_1)),
-    "half, top-1": (1, dict(recipe="half", steps=950, **TOP_1)),
+    "serve, top-1": (1, dict(recipe="serve", steps=1090, **TOP_1)),
     "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
-    "half, fine-grained": (1, dict(recipe="half", steps=950, **FINE)),
+    "serve, fine-grained": (1, dict(recipe="serve", steps=1080, **FINE)),
     "m-moe, fine-grained": (1, dict(recipe="m-moe", steps=1160, **FINE)),
     "moe, fine-grained and shared": (1, dict(recipe="moe", **SHARED)),
-    "half, fine-grained and shared": (1, dict(recipe="half", steps=950, **SHARED)),
+    "serve, fine-grained and shared": (1, dict(recipe="serve", steps=1080, **SHARED)),
     "moe, bias-balanced": (1, dict(recipe="moe", **BIAS)),
-    "half, bias-balanced": (1, dict(recipe="half", steps=950, **BIAS)),
+    "serve, bias-balanced": (1, dict(recipe="serve", steps=1090, **BIAS)),
 }
 
 

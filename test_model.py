@@ -897,42 +897,34 @@ class TestTrain:
         probs = torch.rand(50, 2).sort(-1, descending=True).values
         for _ in range(50):
             passes = {recipe: train.training_passes(options(recipe), rng) for recipe in train.RECIPES}
-            assert passes["moe"] == [(0, 1, 1.0, 1)]
-            assert [p[:2] for p in passes["mose"]] == [(0, 1), (0, 1)] and passes["mose"][1][2] in train.TRAIN_WIDTHS
-            assert [p[:2] for p in passes["half"]] == [(0, 0.5), (0.5, 1)]
-            assert [p[:2] for p in passes["serve"]] == [(0, 1), (0, 1)]
-            for recipe in ("serve", "half", "mose"):
-                assert all(p[2] == 1.0 for p in passes[recipe][:-1])
-                # a gradient is steadiest if every sequence counts the same
-                counts = np.zeros(16)
-                for first, stop, _, weight in passes[recipe]:
-                    counts[round(16 * first) : round(16 * stop)] += weight / (stop - first) / 16
-                assert np.allclose(counts, 1 / 16)
-            for recipe, draws in (("serve", 16 * 1024), ("half", 16)):
-                served = passes[recipe][-1][2]
-                assert served.shape == (16, 1024, 2) and len(served.reshape(-1, 2).unique(dim=0)) == draws
-                assert (served >= torch.tensor([0.1, 0.0])).all() and (served <= torch.tensor([0.95, 3.0])).all()
-            ((_, _, policy, _),) = passes["m-moe"]
+            assert passes["moe"] == [(1.0, 1)]
+            full, narrow = passes["mose"]
+            assert full == (1.0, 0.5) and narrow[0] in train.TRAIN_WIDTHS and narrow[1] == 0.5
+            ((served, weight),) = passes["serve"]
+            assert served.shape == (16, 2) and len(served.unique(dim=0)) == 16 and weight == 1
+            assert (served >= torch.tensor([0.1, 0.0])).all() and (served <= torch.tensor([1.0, 3.0])).all()
+            ((policy, weight),) = passes["m-moe"]
             widths = policy.widths(probs)
             assert widths.tolist() in ([[1, 0]] * 50, [[1, 1]] * 50) and policy.renormalize
         drawn = {policy.widths(probs)[0, 1].item() for _ in range(20)}
         assert drawn == {0, 1}, "one number of experts for all layers"
 
-    @pytest.mark.parametrize("recipe", ["serve", "half", "m-moe"])
+    @pytest.mark.parametrize("recipe", train.RECIPES)
     def test_every_recipe_learns(self, inside, tmp_path, recipe):
         call(train, "demo", *TINY, f"--out_dir={tmp_path}/r", f"--recipe={recipe}")
         lines = [json.loads(line) for line in open(tmp_path / "r/log.jsonl")]
         val = [line["val_loss"]["1"] for line in lines if "val_loss" in line]
         assert val[-1] < val[0] - 1.5
-        assert ("loss_full" in lines[1]) == (recipe != "m-moe") and lines[1]["loss_narrow"] > 0
+        assert ("loss_full" in lines[1]) == (recipe in ("moe", "mose"))
+        assert ("loss_narrow" in lines[1]) == (recipe != "moe")
 
     def test_slimmable_recipes_keep_their_quality_when_narrow(self, inside, tmp_path):
         gap = {}
-        for recipe in ("moe", "mose", "serve", "half"):
+        for recipe in ("moe", "mose", "serve"):
             call(train, "demo", *TINY, f"--out_dir={tmp_path}/{recipe}", f"--recipe={recipe}", "--steps=150")
             losses = [json.loads(line) for line in open(tmp_path / recipe / "log.jsonl")][-1]["val_loss"]
             gap[recipe] = losses["0.25"] - losses["1"]
-        assert max(gap["mose"], gap["serve"], gap["half"]) < 0.6 * gap["moe"]
+        assert max(gap["mose"], gap["serve"]) < 0.6 * gap["moe"]
 
     def test_a_narrow_model_has_narrow_experts(self):
         o = train.TrainConfig(train_width=0.25, n_embd=128, n_head=4)
@@ -955,7 +947,7 @@ class TestTrain:
 
         logs = []
         for name in ("a", "b"):
-            call(train, "demo", *TINY, f"--out_dir={tmp_path}/{name}", "--dropout=0.1", "--recipe=half")
+            call(train, "demo", *TINY, f"--out_dir={tmp_path}/{name}", "--dropout=0.1", "--recipe=serve")
             logs.append([keep(line) for line in open(tmp_path / name / "log.jsonl")])
         assert logs[0] == logs[1]
 
@@ -1075,7 +1067,7 @@ class TestTrain:
         assert train.load_checkpoint(tmp_path / "x/last.pt")["step"] == 5
         assert not list((tmp_path / "x").glob("*.tmp"))
 
-    @pytest.mark.parametrize("recipe", ["moe", "mose", "half"])
+    @pytest.mark.parametrize("recipe", ["moe", "mose", "serve"])
     def test_two_processes_train_as_one(self, inside, tmp_path, recipe):
         options = [*TINY, f"--recipe={recipe}", "--steps=20", "--eval_tokens=1088"]  # an odd number of sequences
 
@@ -1331,7 +1323,6 @@ BAD = [  # program, arguments, what the line must name
     ("train", ["demo", *TINY, "--out_dir=x", "--dropout=1"], "dropout"),
     ("train", ["demo", *TINY, "--out_dir=x", "--train_width=1.5"], "--train_width"),
     ("train", ["demo", *TINY, "--out_dir=x", "--n_shared=-1"], "n_shared"),
-    ("train", ["demo", *TINY, "--out_dir=x", "--recipe=half", "--batch_size=1"], "even"),
     ("train", ["demo", *TINY, "--out_dir=x", "--n_head=3"], "n_head 3"),
     ("train", ["demo", *TINY, "--out_dir=x", "--dtype=float16"], "float16"),
     ("train", ["demo", *TINY, "--out_dir=x", "--eval_tokens=8"], "eval_tokens"),

@@ -38,12 +38,11 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GRID, GPTConfig, RouterWidth, UsageError, check_width, width_to_neurons
 from prepare import MAGIC, VERSION, Parser, run
 
-RECIPES = ("half", "serve", "mose", "moe", "m-moe")
+RECIPES = ("serve", "mose", "moe", "m-moe")
 RECIPES_HELP = (
-    "how micro-batches are run: half, half of the sequences at full width and half at router widths, budget and gamma "
-    "random for each; serve, all at full width and again at router widths, random for each token; mose, all at full "
-    "width and again at one random uniform width, as in the paper; moe, all at full width only; m-moe, all with a "
-    "random number of experts in every layer"
+    "how micro-batches are run: serve, at router widths, budget and gamma random for each sequence; mose, at full "
+    "width and again at one random uniform width, as in the paper; moe, at full width only; m-moe, with a random "
+    "number of experts in every layer"
 )
 EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TRAIN_WIDTHS = [level / GRID for level in range(1, GRID)]  # the whole grid below 1, which recipe mose draws from
@@ -64,7 +63,7 @@ class TrainConfig:
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
     replay: int | None = option(None, "show the passes of this step of the run in out_dir, on the weights of last.pt")
     # what to train
-    recipe: str = option("half", RECIPES_HELP)
+    recipe: str = option("serve", RECIPES_HELP)
     seed: int = option(1337, "of initial weights, data order, widths and dropout")
     n_layer: int = option(6, "blocks")
     n_head: int = option(6, "attention heads")
@@ -156,8 +155,6 @@ def check_options(o):
     if o.recipe != "moe" and o.n_expert == 1:
         raise UsageError(f"--recipe={o.recipe} needs experts to slim: use --recipe=moe with --n_expert=1")
     check_width(o.train_width, "--train_width")
-    if o.recipe == "half" and o.batch_size % 2:
-        raise UsageError(f"--recipe=half halves micro-batches: --batch_size must be even, not {o.batch_size}")
     if o.replay is not None and not 1 <= o.replay <= o.steps:
         raise UsageError(f"--replay must be a step of the run, 1 to {o.steps}, not {o.replay}")
     for name in "steps tokens_per_step batch_size eval_interval eval_tokens log_interval block_size".split():
@@ -410,24 +407,18 @@ class RandomExperts:
 
 
 def training_passes(o, rng):
-    """The passes of one micro-batch, [(first, stop, width, weight), ...]: its sequences from first to stop, as shares
-    of the batch, at width, and what their mean loss counts; the weights sum to 1, and every sequence counts the same.
+    """The passes of one micro-batch: [(width, weight), ...], weight being what its mean loss counts.
 
-    width is a number, a width policy, or budget and gamma of RouterWidth for every token, (batch_size, block_size, 2).
+    width is a number, a width policy, or budget and gamma of RouterWidth for every sequence, (batch_size, 2).
     """
     if o.recipe == "moe":
-        return [(0, 1, 1.0, 1)]
+        return [(1.0, 1)]
     if o.recipe == "m-moe":
-        return [(0, 1, RandomExperts(rng), 1)]
+        return [(RandomExperts(rng), 1)]
     if o.recipe == "mose":  # the paper's equation 6
-        return [(0, 1, 1.0, 0.5), (0, 1, TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))], 0.5)]
-    # what inference will ask for: many draws give steadier gradients than one for the whole batch
-    size = (o.batch_size, o.block_size if o.recipe == "serve" else 1, 2)
-    served = torch.tensor(rng.uniform((0.1, 0.0), (0.95, 3.0), size), dtype=torch.float32)
-    served = served.expand(-1, o.block_size, -1)
-    if o.recipe == "half":
-        return [(0, 0.5, 1.0, 0.5), (0.5, 1, served, 0.5)]
-    return [(0, 1, 1.0, 0.5), (0, 1, served, 0.5)]
+        return [(1.0, 0.5), (TRAIN_WIDTHS[rng.integers(len(TRAIN_WIDTHS))], 0.5)]
+    # what inference will ask for
+    return [(torch.tensor(rng.uniform((0.1, 0.0), (1.0, 3.0), (o.batch_size, 2)), dtype=torch.float32), 1)]
 
 
 def join_processes(device):
@@ -503,16 +494,15 @@ def train(preset, o, given):
         raise UsageError(f"the run in {out} was made by another version of model.py: its config has other fields")
     rank, world, device = join_processes(device)
     # micro-batches are dealt out to the processes; where there are too few, each process takes a part of each
-    accumulate, halved = o.tokens_per_step // (o.batch_size * o.block_size), o.recipe == "half"
+    accumulate = o.tokens_per_step // (o.batch_size * o.block_size)
     if accumulate % world == 0:
         micros, rows = range(rank, accumulate, world), slice(None)
-    elif o.batch_size % (2 * world if halved else world) == 0:
+    elif o.batch_size % world == 0:
         micros, rows = range(accumulate), slice(rank, None, world)
     else:
-        parts = f"{world} even parts" if halved else f"{world} parts"
         raise UsageError(
             f"{world} processes cannot share {accumulate} micro-batch(es) of --batch_size {o.batch_size}: their number "
-            f"must be a multiple of {world}, or each must divide into {parts}"
+            f"must be a multiple of {world}, or each must divide into {world} parts"
         )
     if rank == 0 and o.replay is None:
         lock = lock_folder(out)  # noqa: F841, held until the process ends
@@ -639,21 +629,20 @@ def train(preset, o, given):
             idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             passes = training_passes(o, rng)
             torch.manual_seed(rng.integers(2**62) + (rows.start or 0))  # dropout
-            for i, (first, stop, width, weight) in enumerate(passes):
-                some = slice(round(first * len(idx)), round(stop * len(idx)))
-                if torch.is_tensor(width):
-                    width = RouterWidth(*width[rows][some].reshape(-1, 2).T.unsqueeze(-1).to(device))
+            for i, (width, weight) in enumerate(passes):
+                if torch.is_tensor(width):  # (N, 1): a value for every token
+                    width = RouterWidth(*width[rows].to(device).T.repeat_interleave(o.block_size, 1).unsqueeze(-1))
                 final = micro == micros[-1] and i == len(passes) - 1  # gradients are exchanged once, at the end
                 with nullcontext() if final or world == 1 else parallel.no_sync():
                     with autocast(device, dtype):
-                        _, loss, aux = parallel(idx[some], targets[some], width)
+                        _, loss, aux = parallel(idx, targets, width)
                     ((loss + aux) * (weight / len(micros))).backward()
                 narrow = int(not isinstance(width, float) or width < 1)
                 sums[narrow] += loss.detach()
                 n_passes[narrow] += 1
-                passed += idx[some].numel()
+                passed += idx.numel()
                 if report:
-                    report(micro, width, loss, idx[some])
+                    report(micro, width, loss)
         norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         if o.grad_clip and report is None:  # clipping by a norm that is not finite would hide where that comes from
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), o.grad_clip, norm)
@@ -731,9 +720,9 @@ def train(preset, o, given):
 def replay(o, model, run_step):
     """Run one step again, on the weights of last.pt, and show every pass; nothing is updated or written."""
 
-    def report(micro, width, loss, idx):
+    def report(micro, width, loss):
         kind = f"width {width:g}" if isinstance(width, float) else type(width).__name__
-        print(f"step {o.replay}, micro-batch {micro}, {len(idx)} sequences, {kind}: loss {loss.item():.4f}")
+        print(f"step {o.replay}, micro-batch {micro}, {kind}: loss {loss.item():.4f}")
 
     print(f"gradient norm {run_step(o.replay - 1, report)[2].item():.4f}")
     for name, p in model.named_parameters():
