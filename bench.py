@@ -645,7 +645,7 @@ STUDY = {  # name: (seeds, options of `train.py demo`)
     # as many training FLOPs as moe, which is more text
     "serve, more steps": (3, dict(recipe="serve", steps=1090)),
     "m-moe, more steps": (3, dict(recipe="m-moe", steps=975)),
-    "narrow 0.5, more steps": (1, dict(recipe="moe", train_width=0.5, steps=1230)),
+    "narrow 0.5, more steps": (1, dict(recipe="moe", train_width=0.5, steps=1232)),
     "narrow 0.25, more steps": (1, dict(recipe="moe", train_width=0.25, steps=1690)),
     # routing regimes, for as many FLOPs again
     "moe, top-1": (1, dict(recipe="moe", **TOP_1)),
