@@ -764,8 +764,12 @@ def report_study(runs, out):
         ("half, minus moe at full width", 0.5, "moe"),
         ("half, minus an MoE trained at 0.5", 0.5, "narrow 0.5"),
         ("a quarter, minus an MoE trained at 0.25", 0.25, "narrow 0.25"),
+        ("half, minus an MoE trained at 0.5 for the same FLOPs", 0.5, "narrow 0.5, more steps"),
+        ("a quarter, minus an MoE trained at 0.25 for the same FLOPs", 0.25, "narrow 0.25, more steps"),
     ):
-        for row in ("mose", "serve", "half", "half, more steps", "m-moe, more steps"):
+        for row in ("mose", "serve", "serve, more steps", "m-moe, more steps"):
+            if "more" in other and "more" not in row:
+                continue
             theirs = {run["seed"]: best_at(run, 1.0)[0] for run in rows.get(other, [])}
             mine = {run["seed"]: best_at(run, share)[0] for run in rows.get(row, []) if best_at(run, share)}
             pairs = [loss - theirs[seed] for seed, loss in mine.items() if seed in theirs]
@@ -791,21 +795,24 @@ def plot_study(rows, out):
         return (full["flops_total"] - (1 - share) * full["flops_expert"]) / 1e6
 
     fig, ax = plt.subplots(figsize=(8, 5.5), dpi=150)
-    narrow = [rows[row] for row in ("moe", "narrow 0.5", "narrow 0.25") if row in rows]
-    xy = [(mflops(group, 1.0), mean_loss(group, 1.0)) for group in narrow]
-    ceiling = max((y for _, y in xy), default=math.inf) + 0.1
-    if xy:
-        ax.plot(*zip(*xy), "k--", marker="o", label="standard MoEs, one trained for each width")
-    shown = [
-        row for row in ("moe", "serve", "half", "half, more steps", "mose", "m-moe, more steps", "dense") if row in rows
-    ]
+    ceiling = math.inf
+    for style, more, label in (
+        ("k--", "", "standard MoEs, one trained for each width"),
+        ("k:", ", more steps", "the same, each for the training FLOPs of the widest"),
+    ):
+        narrow = [rows[row] for row in ("moe", f"narrow 0.5{more}", f"narrow 0.25{more}") if row in rows]
+        if narrow:
+            x, y = zip(*((mflops(group, 1.0), mean_loss(group, 1.0)) for group in narrow))
+            ax.plot(x, y, style, marker="o", label=label)
+            ceiling = min(ceiling, max(y) + 0.1)
+    shown = [row for row in ("moe", "serve", "serve, more steps", "mose", "m-moe, more steps", "dense") if row in rows]
     for i, row in enumerate(shown):
         curve = [(mflops(rows[row], share), mean_loss(rows[row], share)) for share in (1.0, 0.75, 0.5, 0.375, 0.25)]
         curve = [(x, y) for x, y in curve if y is not None and y < ceiling]
         label = {
             "moe": "standard MoE, fewer experts or skipping",
             "mose": "mose, the paper's recipe",
-            "half, more steps": "half, for the training FLOPs of the standard MoE",
+            "serve, more steps": "serve, for the training FLOPs of the standard MoE",
             "m-moe, more steps": "m-moe, for the same FLOPs",
         }.get(row, row)
         ax.plot(*zip(*curve), marker=MARKERS[i], color=COLORS[i], label=label)
@@ -822,13 +829,17 @@ def plot_study(rows, out):
         losses = {row: mean_loss(group, share) for row, group in rows.items() if not row.startswith("narrow")}
         if f"narrow {share:g}" in rows:
             losses["narrow"] = mean_loss(rows[f"narrow {share:g}"], 1.0)
+        if f"narrow {share:g}, more steps" in rows:
+            losses["narrow, more steps"] = mean_loss(rows[f"narrow {share:g}, more steps"], 1.0)
         # not the routing regimes, and not models cut to a width that they were not trained for
         losses = {row: l for row, l in losses.items() if l is not None and "," not in row.replace(", more", "")}
-        methods = "moe", "narrow", "dense", "mose", "serve", "half", "half, more steps", "m-moe", "m-moe, more steps"
-        for i, row in enumerate(methods):
-            if row in losses and losses[row] < min(losses.values()) + 0.2:
-                group = rows[row if row in rows else f"narrow {share:g}"]
-                ax.plot(group[0]["training_flops"] / 1e12, losses[row], "osD^vP*Xp"[i], color=COLORS[i % 7], label=row)
+        for i, row in enumerate(("moe", "narrow", "dense", "mose", "serve", "m-moe")):
+            for more, face in ("", None), (", more steps", "none"):
+                name = row + more
+                if losses.get(name, math.inf) < min(losses.values()) + 0.2:
+                    flops = rows[name.replace("narrow", f"narrow {share:g}")][0]["training_flops"]
+                    style = dict(marker=MARKERS[i], color=COLORS[i], markerfacecolor=face, linestyle="")
+                    ax.plot(flops / 1e12, losses[name], label=name, **style)
         ax.set(title={1: "full width"}.get(share, f"{share:g} of the experts' FLOPs"), xlabel="training TFLOPs")
         ax.margins(0.1, 0.4)  # room for the legend
         ax.grid(alpha=0.3)
