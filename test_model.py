@@ -1200,6 +1200,34 @@ class TestBench:
         assert bench.best_at(one, 0.85) == (pytest.approx(0.95), "skip")
         assert bench.best_at(one, 0.25) == (2.0, "uniform") and bench.best_at(one, 0.2) is None
 
+    def test_the_study_trains_its_rows_once_and_reports_them(self, workshop, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("data").mkdir()
+        os.symlink(workshop / "data/tiny", "data/stdlib")
+        small = dict(n_layer=2, n_head=2, n_embd=32, n_expert=4, block_size=32, batch_size=8, tokens_per_step=512)
+        small.update(steps=40, warmup_steps=5, eval_tokens=512, device="cpu")
+        rows = {"moe": (2, dict(recipe="moe", **small)), "serve": (1, dict(recipe="serve", **small))}
+        monkeypatch.setattr(bench, "STUDY", rows)
+        call(bench, "study")
+        runs = json.load(open("results/study.json"))["runs"]
+        assert [(r["row"], r["seed"], r["steps"]) for r in runs] == [
+            ("moe", 1337, 40), ("moe", 1338, 40), ("serve", 1337, 40)
+        ]  # fmt: skip
+        assert runs[2]["training_flops"] < 0.95 * runs[0]["training_flops"] == 0.95 * runs[1]["training_flops"]
+        table = Path("results/study.md").read_text()
+        losses = [r["points"][0]["loss"] for r in runs]
+        moe = f"{(losses[0] + losses[1]) / 2:.3f} ± {abs(losses[0] - losses[1]) / 2:.3f}"
+        assert f"| moe | 2 | 40 | {runs[0]['training_flops']:.3g} | {moe} |" in table
+        assert f"| serve: full width, minus moe | {losses[2] - losses[0]:+.3f} |" in table
+        assert all((Path("results") / f"{name}.png").stat().st_size > 10_000 for name in ("study", "training"))
+
+        files = {f: f.stat().st_mtime_ns for f in Path("out").rglob("*.*")}
+        call(bench, "study")  # everything is there
+        assert files == {f: f.stat().st_mtime_ns for f in Path("out").rglob("*.*")}
+        rows["serve"][1]["learning_rate"] = 0.1
+        with pytest.raises(UsageError, match="other options"):
+            call(bench, "study")
+
     def test_what_speed_times_has_all_gradients_every_time(self, monkeypatch):
         counts = []
         grad = torch.autograd.grad
