@@ -794,32 +794,29 @@ def plot_study(rows, out):
         full = group[0]["points"][0]
         return (full["flops_total"] - (1 - share) * full["flops_expert"]) / 1e6
 
-    fig, ax = plt.subplots(figsize=(8, 5.5), dpi=150)
-    ceiling = math.inf
-    for style, more, label in (
-        ("k--", "", "standard MoEs, one trained for each width"),
-        ("k:", ", more steps", "the same, each for the training FLOPs of the widest"),
-    ):
+    fig, axes = plt.subplots(1, 2, figsize=(11, 6), dpi=130, sharey=True)
+    for ax, more, title in zip(axes, ("", ", more steps"), ("the same text", "the same training FLOPs")):
         narrow = [rows[row] for row in ("moe", f"narrow 0.5{more}", f"narrow 0.25{more}") if row in rows]
-        if narrow:
-            x, y = zip(*((mflops(group, 1.0), mean_loss(group, 1.0)) for group in narrow))
-            ax.plot(x, y, style, marker="o", label=label)
-            ceiling = min(ceiling, max(y) + 0.1)
-    shown = [row for row in ("moe", "serve", "serve, more steps", "mose", "m-moe, more steps", "dense") if row in rows]
-    for i, row in enumerate(shown):
-        curve = [(mflops(rows[row], share), mean_loss(rows[row], share)) for share in (1.0, 0.75, 0.5, 0.375, 0.25)]
-        curve = [(x, y) for x, y in curve if y is not None and y < ceiling]
-        label = {
-            "moe": "standard MoE, fewer experts or skipping",
-            "mose": "mose, the paper's recipe",
-            "serve, more steps": "serve, for the training FLOPs of the standard MoE",
-            "m-moe, more steps": "m-moe, for the same FLOPs",
-        }.get(row, row)
-        ax.plot(*zip(*curve), marker=MARKERS[i], color=COLORS[i], label=label)
-    ax.set(xlabel="forward MFLOPs per byte, everything counted", ylabel="validation loss (nats per byte)")
-    ax.set_title("One training, every budget: each method at its best policy")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+        x, y = [mflops(group, 1.0) for group in narrow], [mean_loss(group, 1.0) for group in narrow]
+        ax.plot(x, y, "k--", marker="o", label="standard MoEs, one trained for each width")
+        for i, (row, label) in enumerate(
+            (
+                ("serve" + more, "serve, ours"),
+                ("mose" + more, "mose, the paper's recipe"),
+                ("m-moe" + more, "m-moe: fewer experts"),
+                ("moe", "standard MoE, fewer experts or skipping"),
+                ("dense" + more, "dense"),
+            )
+        ):
+            shares = (1.0, 0.75, 0.5, 0.375, 0.25)
+            curve = [(mflops(rows[row], share), mean_loss(rows[row], share)) for share in shares if row in rows]
+            curve = [(x, loss) for x, loss in curve if loss is not None and loss < max(y, default=math.inf) + 0.1]
+            if curve:
+                ax.plot(*zip(*curve), marker=MARKERS[i], color=COLORS[i], label=label)
+        ax.set(xlabel="forward MFLOPs per byte, everything counted", title=f"One training, every budget: {title}")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes[0].set_ylabel("validation loss (nats per byte), best policy")
     fig.tight_layout()
     fig.savefig(out / "study.png")
     plt.close(fig)
