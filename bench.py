@@ -833,7 +833,7 @@ def plot_study(rows, out):
         for i, row in enumerate(("moe", "narrow", "dense", "mose", "serve", "m-moe")):
             for more, face in ("", None), (", more steps", "none"):
                 name = row + more
-                if losses.get(name, math.inf) < min(losses.values()) + 0.2:
+                if losses.get(name, math.inf) < min(losses.values()) + 0.3:
                     flops = rows[name.replace("narrow", f"narrow {share:g}")][0]["training_flops"]
                     style = dict(marker=MARKERS[i], color=COLORS[i], markerfacecolor=face, linestyle="")
                     ax.plot(flops / 1e12, losses[name], label=name, **style)
