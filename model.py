@@ -9,12 +9,14 @@ its hidden neurons, so one set of weights serves every compute budget:
     logits, loss, aux = model(idx, targets, width=0.25)                   # the first quarter of every expert
     logits, loss, aux = model(idx, targets, width=RouterWidth(0.5, 1.0))  # half on average, confident experts wider
 
-Read downwards: widths, config, experts and their dispatch, attention, the GPT, generation.
+Read downwards: widths and policies, config, experts, the MoE layer, the rest of the transformer, the GPT, generation.
 In shape comments B is the batch, T the sequence, d = n_embd, N = B*T tokens, k = top_k experts per token,
 E = n_expert, H = the neurons of one expert, S = N*k slots (a slot is one token at one of its experts).
 """
 
+import functools
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +31,20 @@ class UsageError(ValueError):
 
 # -----------------------------------------------------------------------------
 # Widths: how much of every expert runs
+#
+# A width is a number in (0, 1], the same for all experts, or a policy: any object with
+#     widths(probs): the probabilities (N, k) of the selected experts -> their widths (N, k), multiples of 1 / GRID from
+#         0, which skips the expert, to 1. Off the grid, with requires_grad: widths being learned (`calibrate` in bench.py)
+# and, if it likes,
+#     at(layer): the policy of block `layer`; without it, the policy itself is every block's
+#     budget: the width of shared experts (without it 1)
+#     renormalize = True: the experts it leaves, of width above 0, are weighted as if they alone had been selected
 
 GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05: level l is width l / GRID
 
 
 def check_width(width, name="width"):
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+    if isinstance(width, bool) or not isinstance(width, numbers.Real) or not 0 < width <= 1:
         raise UsageError(f"{name} must be a number above 0 and at most 1, not {width!r}")
 
 
@@ -46,7 +56,7 @@ def width_to_neurons(width, n_hidden):
     check_width(width)
     if n_hidden < 8 or n_hidden % 8:
         raise UsageError(f"expert_hidden must be a positive multiple of 8, not {n_hidden}")
-    return max(8, 8 * round(width * n_hidden / 8))
+    return max(8, 8 * round(float(width) * n_hidden / 8))
 
 
 class RouterWidth:
@@ -56,12 +66,7 @@ class RouterWidth:
     gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width; a
         large gamma at budget 1/k runs only the likeliest expert (with the weight that it has among the k).
 
-    Both can be tensors (N, 1), one value per token: then they are not checked. If one requires grad, it is being
-    learned (see `calibrate` in bench.py), and widths are continuous, off the grid.
-
-    Any object with a method `widths(probs) -> (N, k) multiples of 1/20 in [0, 1]` can stand in its place. If it has an
-    attribute `budget`, that is the width of shared experts (else 1); if it has a true attribute `renormalize`, the
-    experts that it leaves (width above 0) are weighted as if they had been selected alone.
+    Both can be tensors (N, 1), one value per token, which are not checked, or require grad, to be learned.
     """
 
     def __init__(self, budget, gamma=1.0):
@@ -74,9 +79,7 @@ class RouterWidth:
         self.budget, self.gamma = budget, gamma
 
     def widths(self, probs):
-        """(N, k) probabilities of the selected experts -> (N, k) widths on the grid; 0 skips the expert.
-
-        No width exceeds 1. What one expert cannot use goes to the token's other experts in proportion to their
+        """No width exceeds 1. What one expert cannot use goes to the token's other experts in proportion to their
         shares, so the mean width is the budget, up to rounding (at most half a grid step).
         """
         k = probs.size(-1)
@@ -89,6 +92,28 @@ class RouterWidth:
             width = torch.where(full, 1.0, left * others.softmax(-1))
         width = width.clamp(0, 1)  # float round-off
         return width if width.requires_grad else (width * GRID).round() / GRID
+
+
+class FewerExperts:
+    """Width policy: the first n of the selected experts run whole, the others not at all."""
+
+    renormalize = True
+
+    def __init__(self, n):
+        self.n = n
+
+    def widths(self, probs):
+        return (torch.arange(probs.size(-1), device=probs.device) < self.n).to(probs.dtype).expand(probs.shape)
+
+
+class PerLayer:
+    """Width policy: policies[layer] for every block."""
+
+    def __init__(self, policies):
+        self.policies = policies
+
+    def at(self, layer):
+        return self.policies[layer]
 
 
 # -----------------------------------------------------------------------------
@@ -140,79 +165,81 @@ class GPTConfig:
 
 
 # -----------------------------------------------------------------------------
-# Slimmable experts
-#
-# Slots are sorted, then processed in chunks, each at one width: one pair of grouped matrix products over all experts.
-# With one width for all there is one chunk. With a width per slot, chunks collect the slots of similar width.
+# Slimmable experts: tokens, their experts, weights and widths in, outputs out. Nothing here knows a router.
 
-MAX_CHUNKS = 6  # router widths at budget 0.5 take 1.2 to 1.3 times as long as uniform 0.5; with a chunk per width, 1.8
+MATRICES = 2  # of an expert: parameters and FLOPs are counted by it
+
+
+def gelu_mlp(rows, ends, keep, w_in, w_out):
+    """The expert itself: the one place to change it. Each matrix is (E, h, d), or (h, d) in a dense block: row j belongs
+    to neuron j.
+
+    rows, ends: (n, d) grouped by expert, see `grouped_mm`
+    keep: (n, h), what each neuron of each row counts; None if all count 1
+    """
+    a = F.gelu(grouped_mm(rows, w_in.mT, ends))  # (n, h)
+    return grouped_mm(a if keep is None else a * keep, w_out, ends)  # (n, d)
 
 
 def grouped_mm(a, b, ends):
-    """Multiply rows ends[e-1]:ends[e] of a (S, K) by b[e] of b (E, K, M), for every e. Returns (S, M).
-
-    b may be a slice of a larger stack: nothing is copied.
+    """Multiply rows ends[e-1]:ends[e] of a (n, K) by b[e] of b (E, K, M), for every e; all of a by b (K, M) if ends is
+    None. Returns (n, M). b may be a slice of a larger stack: nothing is copied.
     """
+    if ends is None:
+        return a @ b
     if a.dtype == torch.float64 or a.device.type not in ("cpu", "cuda"):  # no kernel for these: one product per group
         return torch.cat([rows @ w for rows, w in zip(a.tensor_split(ends[:-1].tolist()), b)])
-    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
-        return opaque_grouped_mm(a, b, ends)
     return F.grouped_mm(a, b, offs=ends)
 
 
-# torch.compile traces F.grouped_mm in bfloat16 only. This is the same product as an operator that it does not trace.
-@torch.library.custom_op("mose::grouped_mm", mutates_args=())
-def opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return F.grouped_mm(a, b, offs=ends)
+def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
+    """Take tokens x (N, d) through their experts (N, k) and add up the outputs times weight (N, k). Returns (N, d).
 
-
-@opaque_grouped_mm.register_fake
-def _(a, b, ends):  # two matrices: groups of columns of a times groups of rows of b, as the gradient of b needs
-    return a.new_empty((a.size(0), b.size(2)) if b.dim() == 3 else (ends.size(0), a.size(0), b.size(1)))
-
-
-def opaque_backward(ctx, grad):
-    a, b, ends = ctx.saved_tensors
-    return opaque_grouped_mm(grad, b.mT, ends), opaque_grouped_mm(a.mT, grad, ends), None
-
-
-opaque_grouped_mm.register_autograd(
-    opaque_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
-
-
-def plan_chunks(level):
-    """Decide which slots are processed together, from their width levels (N, k), each from 0 to GRID.
-
-    A chunk's product for one expert is slow when it has few rows. So scarce levels wait for the next wider ones until
-    1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
-    much is zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all of them are one chunk at level 9.
-    Chunk 0 is level 0: the skipped slots.
-    Returns the chunk of each slot (N, k), and lists of each chunk's number of slots and level, in ascending order.
+    width: the neurons that every slot runs, an int; or a width for each slot, (N, k), see the head of `Widths`
+    mlp, matrices: the expert, as gelu_mlp; and its matrices (E, H, d), of which row j belongs to neuron j, so that a
+        width is a prefix of the rows of all of them
     """
-    # the host learns the counts here; it is the only place where per-token widths wait for the device
-    counts = (level.reshape(-1, 1) == torch.arange(GRID + 1, device=level.device)).sum(0).tolist()
-    chunk_of, sizes, levels = [0] * (GRID + 1), counts[:1], [0]
-    for l in range(1, GRID + 1):
-        if counts[l]:
-            if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():  # the open chunk is large enough
-                sizes.append(0)
-                levels.append(0)
-            chunk_of[l] = len(sizes) - 1
-            sizes[-1] += counts[l]
-            levels[-1] = l
-    return torch.tensor(chunk_of, device=level.device)[level], sizes, levels
+    E, H = matrices[0].shape[:2]
+    chunk, sizes, neurons, level = 0, [expert.numel()], [width], None  # one width for all: one chunk
+    if not isinstance(width, int):
+        table, joins = level_table(H, x.device)
+        level, neurons, mixed = width.float() * GRID, [H], [True]
+        if not width.requires_grad:  # or all neurons run, and fade in
+            level = level.round().nan_to_num()  # a NaN shows in the loss, not here
+            chunk, sizes, levels, mixed = plan_chunks(level)
+            neurons = [table[l] for l in levels]
+    if stats is not None:
+        used = sizes[0] * width if level is None else joins.new_tensor(table)[level.long()].sum().long()
+        stats.count(used, sum(size * h for size, h in zip(sizes, neurons)))
+    matrices = [w[:, : neurons[-1]].to(x.dtype) for w in matrices]  # the last chunk is the widest
+
+    def run(c, rows, ends, slot):
+        h, keep = neurons[c], None
+        if h == 0:  # skipped slots
+            return torch.zeros_like(rows)
+        if level is not None and mixed[c]:  # a slot's own neurons; the block between two levels fades in linearly
+            keep = (level.view(-1, 1)[slot] - joins[:h]).clamp_(0, 1).to(x.dtype)
+        return mlp(rows, ends, keep, *(w[:, :h] for w in matrices))
+
+    return dispatch(x, expert, weight, E, chunk, sizes, run)
 
 
-def dispatch(x, expert, weight, n_expert, mlp, chunk, sizes):
-    """Take every token to its experts and add up what they return, weighted. No token is dropped, none is padded.
+@functools.lru_cache
+def level_table(n_hidden, device):
+    """The neurons of every width level, a list, and the level above which each neuron runs, (n_hidden,)."""
+    table = [0] + [width_to_neurons(level / GRID, n_hidden) for level in range(1, GRID + 1)]
+    joins = torch.bucketize(torch.arange(n_hidden), torch.tensor(table), right=True) - 1
+    return table, joins.to(device, torch.float32)
 
-    x: (N, d) tokens
-    expert, weight: (N, k), the experts of each token and what their outputs count
-    chunk, sizes: the chunk of each slot (N, k) and the slots of each chunk, as plan_chunks returns; None for one chunk
-    mlp(rows, ends, c, slot) -> (n, d): the experts, for chunk c. rows (n, d) are sorted by expert, expert e owns
+
+def dispatch(x, expert, weight, n_expert, chunk, sizes, run):
+    """Sort the slots by chunk and expert, run each chunk, and bring the outputs back to their tokens. No token is
+    dropped, none is padded, and none changes another's output. Returns (N, d).
+
+    x (N, d), expert and weight (N, k): the experts of each token and what their outputs count
+    chunk, sizes: the chunk of each slot (N, k), or 0 for all, and the number of slots in each chunk
+    run(c, rows, ends, slot) -> (n, d): the experts, for chunk c. rows (n, d) are sorted by expert, expert e owns
         rows[ends[e-1]:ends[e]], and row i is slot[i], an index into expert.flatten().
-    Returns (N, d).
     """
     N, k = expert.shape
     key, slot = (chunk * n_expert + expert).flatten().sort(stable=True)
@@ -223,143 +250,149 @@ def dispatch(x, expert, weight, n_expert, mlp, chunk, sizes):
     for c, size in enumerate(sizes):
         if size:
             part = slice(start, start + size)
-            ys.append(mlp(rows[part], ends[c] - start, c, slot[part]))  # ends count from the chunk's first row
+            ys.append(run(c, rows[part], ends[c] - start, slot[part]))  # ends count from the chunk's first row
             start += size
     ys = torch.cat(ys) if len(ys) > 1 else ys[0]
-    back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N * k, device=x.device))  # undoes the sort
-    ys = ys.index_select(0, back).view(N, k, -1)
+    ys = torch.empty_like(ys).index_copy_(0, slot, ys).view(N, k, -1)  # undoes the sort
     return torch.bmm(weight.unsqueeze(1), ys).squeeze(1)  # (N, 1, k) @ (N, k, d)
 
 
-class SlimmableMoE(nn.Module):
-    """Top-k mixture of experts, each of which runs at a prefix of its neurons.
+MAX_CHUNKS = 6  # router widths at budget 0.5 take 1.2 to 1.3 times as long as uniform 0.5; with a chunk per width, 1.8
 
-    Expert e at h neurons is w_out[e, :h].T @ gelu(w_in[e, :h] @ x): narrow experts are inside the wide ones.
+
+def plan_chunks(level):
+    """Decide which slots run together, from their width levels (N, k), whole numbers from 0 to GRID.
+
+    A chunk's product for one expert is slow when it has few rows. So scarce levels wait for the next wider ones until
+    1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
+    much is zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all of them are one chunk at level 9.
+    Chunk 0 is level 0: the skipped slots.
+    Returns the chunk of each slot (N, k), and lists, in ascending order, of each chunk's number of slots, its level, and
+    whether it holds narrower slots too.
     """
+    kind = level.clamp(-1, GRID + 1).long() + 1  # so that what is out of range is counted too
+    low, *counts, high = torch.bincount(kind.flatten(), minlength=GRID + 3).tolist()  # the one place where the host waits
+    if low or high:
+        bad = (level.min() if low else level.max()).item() / GRID
+        raise UsageError(f"widths must be from 0 to 1, not {bad:g}")
+    chunk_of, sizes, levels, mixed = [0] * (GRID + 1), counts[:1], [0], [False]
+    for l in range(1, GRID + 1):
+        if counts[l]:
+            if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():  # the open chunk is large enough
+                sizes.append(0)
+                levels.append(0)
+                mixed.append(False)
+            chunk_of[l] = len(sizes) - 1
+            mixed[-1] = sizes[-1] > 0
+            sizes[-1] += counts[l]
+            levels[-1] = l
+    return torch.tensor(chunk_of, device=level.device)[kind - 1], sizes, levels, mixed
 
-    def __init__(self, config):
+
+class Stats:
+    """Counts what runs in the forward passes that it is given to: model(idx, stats=stats)."""
+
+    def __init__(self, config, device="cpu"):
+        self.config, self.tokens = config, 0
+        self.load = torch.zeros(config.n_layer, config.n_expert, dtype=torch.int64, device=device)  # slots of experts
+        self.used = torch.zeros((), dtype=torch.int64, device=device)  # neurons that the widths asked for
+        self.ran = torch.zeros((), dtype=torch.int64, device=device)  # and that ran: scarce widths run with wider ones
+
+    def count(self, used, ran):
+        self.used += used
+        self.ran += ran
+
+    def mean_width(self, neurons):
+        """`used` or `ran` as a share of all neurons of the experts that the tokens visited, a scalar. What the policy
+        asked for is `used`; count FLOPs from `ran`. (Neither means anything while widths are learned.)
+        """
+        c = self.config
+        slots = self.tokens * sum(map(c.is_moe, range(c.n_layer))) * (c.top_k + c.n_shared)
+        return neurons / max(1, slots * c.expert_hidden)
+
+
+# -----------------------------------------------------------------------------
+# The MoE layer: a router chooses the experts, a policy their widths
+
+
+class SlimmableMoE(nn.Module):
+    def __init__(self, config, layer=0):
         super().__init__()
-        E, H, d = config.n_expert, config.expert_hidden, config.n_embd
-        self.top_k, self.n_shared, self.norm_topk_prob = config.top_k, config.n_shared, config.norm_topk_prob
-        self.balance_coef, self.z_coef, self.split_batch = config.balance_coef, config.z_coef, False
-        self.router = nn.Linear(d, E, bias=False)
-        self.register_buffer("bias", torch.zeros(E), persistent=config.bias_rate > 0)  # updated by train.py
-        stack = (E + config.n_shared, H, d)  # shared experts come last
+        self.config, self.layer = config, layer
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.register_buffer("bias", torch.zeros(config.n_expert), persistent=config.bias_rate > 0)  # see train.py
+        stack = (config.n_expert + config.n_shared, config.expert_hidden, config.n_embd)  # shared experts come last
         self.w_in = nn.Parameter(0.02 * torch.randn(stack))  # row j is the input vector of neuron j ...
         self.w_out = nn.Parameter(0.02 * torch.randn(stack))  # ... and its output vector: a width is a prefix of both
-        self.level_neurons = [0] + [width_to_neurons(level / GRID, H) for level in range(1, GRID + 1)]
-        for name, size in dict(load=E, tokens=(), neurons_used=(), neurons_run=()).items():  # see GPT.read_stats
-            self.register_buffer(name, torch.zeros(size, dtype=torch.int64), persistent=False)
 
-    def forward(self, x, width=1.0, losses=True):
+    def forward(self, x, width=1.0, stats=None, losses=True):
         """x (..., d) -> y (..., d) and the weighted router losses, a scalar (0 without `losses`: decoding needs none).
 
-        width: in (0, 1], or a width policy; or an int above 1, a number of neurons, as GPT gives it: torch.compile can
-        make an int a variable of its graph, but would compile anew for every float.
+        width: in (0, 1], or a width policy; or an int of 8 or more, a number of neurons, as GPT gives it: torch.compile
+            can make an int a variable of its graph, but would compile anew for every float
         """
-        if isinstance(width, int) and width > 1:
-            return self.run(x, width, None, losses)
-        if hasattr(width, "widths"):
-            return self.run_policy(x, None, width, losses)
-        return self.run(x, width_to_neurons(width, self.w_in.size(1)), None, losses)
+        uniform = isinstance(width, int) and width >= 8
+        if not uniform and not hasattr(width, "widths") and not hasattr(width, "at"):
+            width, uniform = width_to_neurons(width, self.config.expert_hidden), True
+        in_graph = uniform and compute_dtype(x) == torch.bfloat16
+        return (self.run if in_graph else self.run_outside)(x, width, stats, losses)
 
-    @torch.compiler.disable  # with a width per token, the sizes of the products are new every time
-    def run_policy(self, *args):
+    # of torch.compile's graph: sizes that are new every time, and F.grouped_mm, which it traces in bfloat16 only
+    @torch.compiler.disable
+    def run_outside(self, *args):
         return self.run(*args)
 
-    def run(self, x, neurons, policy, losses):
-        shape, x = x.shape, x.reshape(-1, x.size(-1))  # (N, d)
+    def run(self, x, width, stats, losses):
+        c, shape, x = self.config, x.shape, x.reshape(-1, x.size(-1))  # (N, d)
+        # which experts
         with torch.autocast(x.device.type, enabled=False):  # routing decisions are worth float32
-            router_logits = F.linear(x.float(), self.router.weight.float())
-        probs = router_logits.softmax(-1)  # (N, E)
-        expert = (probs + self.bias).topk(self.top_k).indices  # (N, k)
-        top_p = probs.gather(-1, expert)
-        widths = None if policy is None else policy.widths(top_p.detach())  # (N, k)
-        if getattr(policy, "renormalize", False):
-            top_p = top_p * (widths > 0)
-        weight = top_p / top_p.sum(-1, keepdim=True).clamp_min(1e-30) if self.norm_topk_prob else top_p
-        load = torch.zeros_like(self.load).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
-        self.load += load
-        self.tokens += len(x)
-        aux = torch.zeros((), device=x.device)
-        if losses:  # balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)
-            share = load / expert.numel()
-            if self.split_batch and self.training:  # the rest of the batch is in other processes
-                torch.distributed.all_reduce(share)
-                share = share / share.sum()
-            balance = probs.size(1) * (share * probs.mean(0)).sum()
-            aux = self.balance_coef * balance + self.z_coef * router_logits.logsumexp(-1).square().mean()
+            logits = F.linear(x.float(), self.router.weight.float())
+        probs = logits.softmax(-1)  # (N, E)
+        expert = (probs + self.bias).topk(c.top_k).indices  # (N, k)
+        aux = 0.0
+        if losses or stats is not None:
+            load = expert.new_zeros(c.n_expert).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
+        if losses:
+            aux = self.router_losses(logits, probs, load)
+        if stats is not None:
+            stats.load[self.layer] += load
 
-        if self.n_shared:
-            shared = torch.arange(probs.size(1), len(self.w_in), device=x.device).expand(len(x), -1)
+        # how wide, and what their outputs count
+        weight, policy = probs.gather(-1, expert), None  # (N, k)
+        if not isinstance(width, int):
+            policy = width.at(self.layer) if hasattr(width, "at") else width
+            width = policy.widths(weight.detach())  # (N, k)
+            if width.shape != weight.shape:
+                raise UsageError(f"{type(policy).__name__}.widths gave {tuple(width.shape)} for {tuple(weight.shape)}")
+            if getattr(policy, "renormalize", False):
+                weight = weight * (width > 0)
+        if c.norm_topk_prob:
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-30)
+        if c.n_shared:  # every token's, with weight 1
+            shared = torch.arange(c.n_expert, len(self.w_in), device=x.device).expand(len(x), -1)
             expert, weight = torch.cat([expert, shared], 1), torch.cat([weight, torch.ones_like(shared)], 1)
-            if widths is not None:
-                budget = torch.ones_like(shared, dtype=widths.dtype) * getattr(policy, "budget", 1.0)
-                widths = torch.cat([widths, budget], 1)
-        level = mask = None
-        if widths is not None and widths.requires_grad:  # being learned: all neurons run, and count more or less
-            neurons, mask = self.w_in.size(1), self.soft_mask(widths)
-        elif widths is not None:
-            level = (widths * GRID).round().nan_to_num().long()  # (N, k); a NaN shows in the loss, not here
+            if policy is not None:
+                budget = torch.ones_like(shared, dtype=width.dtype) * getattr(policy, "budget", 1.0)
+                width = torch.cat([width, budget], 1)
 
-        # grouped_mm is unknown to autocast: cast here
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        decoding = expert.numel() <= 4 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        experts = self.run_slots if decoding and x.device.type == "cpu" else self.run_chunks
-        y = experts(x.to(dtype), expert, weight.to(dtype), neurons, level, mask)
+        # run
+        dtype = compute_dtype(x)  # grouped_mm is unknown to autocast: cast here
+        try:
+            y = run_experts(x.to(dtype), expert, weight.to(dtype), width, gelu_mlp, (self.w_in, self.w_out), stats)
+        except UsageError as e:
+            raise UsageError(f"{type(policy).__name__}: {e}") from e
         return y.view(shape), aux
 
-    def run_chunks(self, x, expert, weight, neurons, level, mask):
-        """The experts' weighted outputs (N, d), at one number of neurons or at the width levels (N, k) of the slots."""
-        chunk, sizes, limit = 0, [expert.numel()], None
-        if level is None:
-            neurons = [neurons]  # of every chunk: there is one
-            self.neurons_used += expert.numel() * neurons[0]
-        else:
-            chunk, sizes, levels = plan_chunks(level)
-            neurons = [self.level_neurons[l] for l in levels]
-            limit = torch.tensor(self.level_neurons, device=x.device)[level].view(-1, 1)  # (S, 1) neurons
-            self.neurons_used += limit.sum()
-        w_in, w_out = (w[:, : neurons[-1]].to(x.dtype) for w in (self.w_in, self.w_out))  # the last chunk is the widest
+    def router_losses(self, logits, probs, load):
+        """Balance (Switch): E * sum_e (share of slots) * (mean probability), 1 when even; z-loss (ST-MoE)."""
+        balance = probs.size(1) * (load / load.sum() * probs.mean(0)).sum()
+        return self.config.balance_coef * balance + self.config.z_coef * logits.logsumexp(-1).square().mean()
 
-        def mlp(rows, ends, c, slot):
-            h = neurons[c]
-            if h == 0:  # skipped slots
-                return torch.zeros_like(rows)
-            self.neurons_run += len(rows) * h
-            a = F.gelu(grouped_mm(rows, w_in[:, :h].mT, ends))
-            if mask is not None:
-                a = a * mask[slot].to(a.dtype)
-            if limit is not None:
-                sure = neurons[c - 1]  # the chunk before (0 is the skipped) is no wider than any slot
-                a[:, sure:].masked_fill_(torch.arange(sure, h, device=a.device) >= limit[slot], 0)
-            return grouped_mm(a, w_out[:, :h], ends)
 
-        return dispatch(x, expert, weight, self.w_in.size(0), mlp, chunk, sizes)
-
-    def run_slots(self, x, expert, weight, neurons, level, mask):
-        """The same for the few slots of decoding on a CPU, without sorting: a token takes 5 to 30% less time."""
-        slots = expert.flatten().tolist()
-        limits = [neurons] * len(slots) if level is None else [self.level_neurons[l] for l in level.flatten().tolist()]
-        ys = x.new_zeros(len(slots), x.size(1))
-        for i, (e, h) in enumerate(zip(slots, limits)):
-            if h:
-                n = i // expert.size(1)
-                a = F.gelu(F.linear(x[n : n + 1], self.w_in[e, :h].to(x.dtype)))
-                torch.mm(a, self.w_out[e, :h].to(x.dtype), out=ys[i : i + 1])
-        self.neurons_used += sum(limits)
-        self.neurons_run += sum(limits)
-        return torch.bmm(weight.unsqueeze(1), ys.view(*expert.shape, -1)).squeeze(1)
-
-    def soft_mask(self, widths):
-        """Continuous widths (N, k) -> what each neuron of each slot counts, (S, H), for learning widths by gradient.
-
-        Neurons join in blocks, one per grid step. A width between two grid points fades the block between them in
-        linearly, so the output is exact on the grid, piecewise linear in between, and has a true gradient.
-        """
-        neuron = torch.arange(self.w_in.size(1), device=widths.device)
-        block = torch.bucketize(neuron, torch.tensor(self.level_neurons, device=widths.device), right=True) - 1
-        return (widths.flatten().unsqueeze(1) * GRID - block).clamp(0, 1)
+def compute_dtype(x):
+    """What matrix products of x run in: under autocast its dtype, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # -----------------------------------------------------------------------------
@@ -416,7 +449,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(n_hidden, n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return gelu_mlp(x, None, None, self.c_fc.weight, self.c_proj.weight.mT)
 
 
 class Block(nn.Module):
@@ -426,13 +459,13 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
-        self.mlp = SlimmableMoE(config) if self.moe else MLP(config.n_embd, config.dense_hidden(layer))
+        self.mlp = SlimmableMoE(config, layer) if self.moe else MLP(config.n_embd, config.dense_hidden(layer))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, neurons, cache=None):
+    def forward(self, x, width, cache=None, stats=None):
         x = x + self.attn(self.ln_1(x), cache)
         h = self.ln_2(x)
-        y, aux = self.mlp(h, neurons, cache is None) if self.moe else (self.mlp(h), 0.0)
+        y, aux = self.mlp(h, width, stats, cache is None) if self.moe else (self.mlp(h), 0.0)
         return x + self.dropout(y), aux
 
 
@@ -479,11 +512,12 @@ class GPT(nn.Module):
                 residual = name.endswith(("c_proj.weight", "w_out"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std)
 
-    def forward(self, idx, targets=None, width=1.0, cache=None):
+    def forward(self, idx, targets=None, width=1.0, cache=None, stats=None):
         """
         idx, targets: (B, T) int64; a target of -1 is ignored
         width: of all experts, in (0, 1], or a width policy such as RouterWidth
         cache: a KVCache holding the tokens before idx; then only the last position's logits are computed
+        stats: a Stats, to which what runs is added
         Returns logits (B, T, vocab_size) or (B, 1, vocab_size), the mean cross-entropy in nats (None without
         targets), and aux, the weighted router losses summed over layers: train on loss + aux, report loss.
         """
@@ -493,19 +527,23 @@ class GPT(nn.Module):
             raise UsageError(f"{start + T} tokens do not fit the context, 1 to block_size = {self.config.block_size}")
         if cache is not None and targets is not None:
             raise UsageError("a cache is for generation, which has no targets: give one or the other")
-        if self.config.n_expert == 1 and width != 1:
+        policy = hasattr(width, "widths") or hasattr(width, "at")
+        if self.config.n_expert == 1 and (policy or width != 1):
             raise UsageError("a dense model (n_expert=1) has no experts to slim: width must be 1")
-        neurons = width if hasattr(width, "widths") else width_to_neurons(width, self.config.expert_hidden)
-        return self.body(idx, targets, neurons, cache)
+        if stats is not None:
+            stats.tokens += idx.numel()
+        # torch.compile can make an int a variable of its graph, but would compile anew for every float
+        width = width if policy else width_to_neurons(width, self.config.expert_hidden)
+        return self.body(idx, targets, width, cache, stats)
 
-    def body(self, idx, targets, neurons, cache):
+    def body(self, idx, targets, width, cache, stats):
         """`forward` after its checks: what `train.py --compile` compiles."""
         start = cache.length if cache is not None else 0
         pos = torch.arange(start, start + idx.size(1), device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, d)
         aux = torch.zeros((), device=idx.device)
         for block in self.transformer.h:
-            x, block_aux = block(x, neurons, cache)
+            x, block_aux = block(x, width, cache, stats)
             aux = aux + block_aux
         if cache is not None:
             cache.length += idx.size(1)
@@ -518,7 +556,7 @@ class GPT(nn.Module):
         """All parameters, and those that one token uses at full width."""
         total = sum(p.numel() for p in self.parameters())
         c = self.config
-        idle = (c.n_expert - c.top_k) * 2 * c.n_embd * c.expert_hidden
+        idle = (c.n_expert - c.top_k) * MATRICES * c.n_embd * c.expert_hidden
         return total, total - sum(idle for layer in range(c.n_layer) if c.is_moe(layer))
 
     def flops_per_token(self, width=1.0, seq_len=None):
@@ -537,34 +575,13 @@ class GPT(nn.Module):
             total += 4 * d * T  # q @ k, att @ v
             if c.is_moe(layer):
                 total += 2 * d * c.n_expert  # router
-                expert += (c.top_k + c.n_shared) * 4 * d * width * c.expert_hidden  # w_in, w_out
+                expert += (c.top_k + c.n_shared) * 2 * MATRICES * d * width * c.expert_hidden
             else:
-                total += 4 * d * c.dense_hidden(layer)  # c_fc, c_proj
+                total += 2 * MATRICES * d * c.dense_hidden(layer)
         return total + expert, expert
 
-    def read_stats(self):
-        """What the MoE layers did since the last call: (mean width, mean width run, slots of each expert (layers, E)).
-
-        Both are measured, as shares of all neurons of the top_k + n_shared experts of all tokens. The mean width is
-        what the policy used; what ran is a little more, because plan_chunks lets scarce widths run with wider ones:
-        count FLOPs from that. (Neither means anything while gamma is learned.) A dense model gives Nones.
-        """
-        moes = [block.mlp for block in self.transformer.h if block.moe]
-        if not moes:
-            return None, None, None
-        totals = []
-        for name in ("load", "tokens", "neurons_used", "neurons_run"):
-            counters = [getattr(moe, name) for moe in moes]
-            totals.append(torch.stack(counters).cpu())
-            for counter in counters:
-                counter.zero_()
-        load, tokens, used, run = totals
-        c = self.config
-        possible = max(1, tokens.sum().item() * (c.top_k + c.n_shared) * c.expert_hidden)
-        return used.sum().item() / possible, run.sum().item() / possible, load
-
     @torch.no_grad()
-    def stream(self, idx, num_tokens, temperature=1.0, top_k=None, width=1.0, n_vocab=None, generator=None):
+    def stream(self, idx, num_tokens, temperature=1.0, top_k=None, width=1.0, n_vocab=None, generator=None, stats=None):
         """Continue idx (B, T) token by token, yielding (B, 1) each time.
 
         temperature 0 takes the likeliest token; top_k samples from the k likeliest only; ids from n_vocab on (the
@@ -575,7 +592,7 @@ class GPT(nn.Module):
         for _ in range(num_tokens):
             if cache.length == self.config.block_size:
                 cache, new = KVCache(self.config), idx[:, -max(1, self.config.block_size // 2) :]
-            logits = self(new, width=width, cache=cache)[0][:, -1, :n_vocab].float()  # (B, n_vocab)
+            logits = self(new, width=width, cache=cache, stats=stats)[0][:, -1, :n_vocab].float()  # (B, n_vocab)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
