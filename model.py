@@ -34,10 +34,10 @@ class UsageError(ValueError):
 #
 # A width is a number in (0, 1], the same for all experts, or a policy: any object with
 #     widths(probs): the probabilities (N, k) of the selected experts -> their widths (N, k), multiples of 1 / GRID from
-#         0, which skips the expert, to 1. Off the grid, with requires_grad: widths being learned (`calibrate` in bench.py)
+#         0, which skips the expert, to 1 (off the grid if they require grad: see `calibrate` in bench.py)
 # and, if it likes,
 #     at(layer): the policy of block `layer`; without it, the policy itself is every block's
-#     budget: the width of shared experts (without it 1)
+#     budget: the width of shared experts; without it, 1
 #     renormalize = True: the experts it leaves, of width above 0, are weighted as if they alone had been selected
 
 GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05: level l is width l / GRID
@@ -171,8 +171,8 @@ MATRICES = 2  # of an expert: parameters and FLOPs are counted by it
 
 
 def gelu_mlp(rows, ends, keep, w_in, w_out):
-    """The expert itself: the one place to change it. Each matrix is (E, h, d), or (h, d) in a dense block: row j belongs
-    to neuron j.
+    """The expert itself: the one place to change it. Row j of each matrix (E, h, d) belongs to neuron j; in a dense block
+    they are (h, d).
 
     rows, ends: (n, d) grouped by expert, see `grouped_mm`
     keep: (n, h), what each neuron of each row counts; None if all count 1
@@ -267,11 +267,12 @@ def plan_chunks(level):
     1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
     much is zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all of them are one chunk at level 9.
     Chunk 0 is level 0: the skipped slots.
-    Returns the chunk of each slot (N, k), and lists, in ascending order, of each chunk's number of slots, its level, and
+    Returns the chunk of each slot (N, k), and, in ascending order, lists of each chunk's number of slots, its level, and
     whether it holds narrower slots too.
     """
     kind = level.clamp(-1, GRID + 1).long() + 1  # so that what is out of range is counted too
-    low, *counts, high = torch.bincount(kind.flatten(), minlength=GRID + 3).tolist()  # the one place where the host waits
+    counts = torch.bincount(kind.flatten(), minlength=GRID + 3).tolist()  # the one place where the host waits
+    low, *counts, high = counts
     if low or high:
         bad = (level.min() if low else level.max()).item() / GRID
         raise UsageError(f"widths must be from 0 to 1, not {bad:g}")
@@ -521,8 +522,7 @@ class GPT(nn.Module):
         Returns logits (B, T, vocab_size) or (B, 1, vocab_size), the mean cross-entropy in nats (None without
         targets), and aux, the weighted router losses summed over layers: train on loss + aux, report loss.
         """
-        B, T = idx.shape
-        start = cache.length if cache is not None else 0
+        T, start = idx.size(1), cache.length if cache is not None else 0
         if T == 0 or start + T > self.config.block_size:
             raise UsageError(f"{start + T} tokens do not fit the context, 1 to block_size = {self.config.block_size}")
         if cache is not None and targets is not None:

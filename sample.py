@@ -5,6 +5,7 @@ Sample text from a checkpoint, at any width of its experts.
     python sample.py --width=0.25 --prompt="def main("    # every expert at a quarter of its neurons
     python sample.py --width=1.0,0.5,0.25                 # the same prompt and seed at several widths
     python sample.py --budget=0.5 --gamma=2               # half on average, wider where the router is confident
+    python sample.py --budget=0.5 --calibrated            # half, spent as `bench.py frontier` learned for this checkpoint
     python sample.py --checkpoint=out/55m/ckpt.pt --prompt=FILE:prompt.txt --num_samples=3
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench import load_calibrated
 from model import RouterWidth, Stats, UsageError, check_width
 from prepare import get_tokenizer, option, parse, run
 from train import choose_device, load_model, to_inference
@@ -21,48 +23,54 @@ from train import choose_device, load_model, to_inference
 
 @dataclass
 class SampleConfig:
-    checkpoint: str = option("out/demo/ckpt.pt", "")
-    width: str = option("", "width of every expert, in (0, 1]; several with commas between run one after another")
-    budget: float = option(0.0, "instead: mean width, in (0, 1], split by the router's confidence token by token")
+    checkpoint: str = option("out/demo/ckpt.pt", "a checkpoint of train.py")
+    width: str = option("1", "width of every expert, in (0, 1]; several with commas between run one after another")
+    budget: float = option(1.0, "instead: mean width, in (0, 1], split by the router's confidence token by token")
     gamma: float = option(1.0, "how much confidence counts under --budget; 0: not at all", least=0)
+    calibrated: bool = option(False, "split --budget as `bench.py frontier` learned it, instead of by --gamma")
     prompt: str = option("", "text to continue, or FILE:path; nothing is the beginning of a text")
     num_samples: int = option(1, "how many texts", least=1)
     num_tokens: int = option(500, "tokens to generate", least=1)
     temperature: float = option(0.8, "0 takes the likeliest token", least=0)
     top_k: int = option(200, "sample from the likeliest top_k tokens only", least=1)
-    seed: int = option(1337, "the same seed gives the same text", least=0)
+    seed: int = option(1337, "the same seed gives the same text", least=0, most=2**63 - 1)
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
 
 
-def widths_of(o, given):
+def chosen_widths(o, given):
     """The options -> {what to print: width or policy}."""
     if "budget" in given and "width" in given:
         raise UsageError("--width and --budget exclude each other: give one")
-    if "gamma" in given and "budget" not in given:
-        raise UsageError("--gamma says how --budget is split: give --budget too")
+    if given & {"gamma", "calibrated"} and "budget" not in given:
+        raise UsageError("--gamma and --calibrated say how --budget is split: give --budget too")
+    if o.calibrated and "gamma" in given:
+        raise UsageError("--calibrated has a gamma of its own for every layer: leave out --gamma")
+    if o.calibrated:
+        return {f"budget {o.budget:g}, calibrated": load_calibrated(o.checkpoint, o.budget)}
     if "budget" in given:
         return {f"budget {o.budget:g}, gamma {o.gamma:g}": RouterWidth(o.budget, o.gamma)}
     try:
-        widths = [float(w) for w in o.width.split(",")] if o.width else [1.0]
+        widths = [float(width) for width in o.width.split(",")]
     except ValueError:
         raise UsageError(f"--width must be numbers with commas between, like 1.0,0.5, not {o.width!r}") from None
     for width in widths:
         check_width(width, "--width")
-    return {f"width {w:g}": w for w in widths}
+    return {f"width {width:g}": width for width in widths}
 
 
 def read_prompt(prompt):
     if not prompt.startswith("FILE:"):
         return prompt
     try:
-        return open(prompt[5:], encoding="utf-8").read()
+        with open(prompt[5:], encoding="utf-8") as f:
+            return f.read()
     except UnicodeDecodeError:
         raise UsageError(f"{prompt[5:]} is not UTF-8 text") from None
 
 
 def main():
     _, o, given = parse(SampleConfig, __doc__)
-    widths, prompt = widths_of(o, given), read_prompt(o.prompt)
+    widths, prompt = chosen_widths(o, given), read_prompt(o.prompt)
     model, checkpoint = load_model(o.checkpoint)
     if model.config.n_expert == 1 and set(widths.values()) != {1.0}:
         raise UsageError(f"{o.checkpoint} is a dense model, without experts to slim: leave out --width and --budget")
@@ -70,19 +78,21 @@ def main():
     to_inference(model, device, dtype)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     # a prompt continues a text that has just begun; end-of-text is what separates texts in training
-    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
+    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
     if len(ids) > model.config.block_size:
         raise UsageError(f"the prompt has {len(ids) - 1} tokens, the context {model.config.block_size}: shorten it")
+    idx = torch.tensor([ids], device=device)
 
     for sample in range(o.num_samples):
         for label, width in widths.items():
             print(f"--- {label}" + (f", sample {sample + 1}" if o.num_samples > 1 else ""))
             print(prompt, end="", flush=True)
+            generator = torch.Generator(device).manual_seed(o.seed + sample)
             text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
             stats, started = Stats(model.config, device), time.perf_counter()
             for token in model.stream(
-                torch.tensor([ids], device=device), o.num_tokens, o.temperature, o.top_k, width,
-                checkpoint["vocab_size"], torch.Generator(device).manual_seed(o.seed + sample), stats,
+                idx, o.num_tokens, temperature=o.temperature, top_k=o.top_k, width=width,
+                n_vocab=checkpoint["vocab_size"], generator=generator, stats=stats,
             ):  # fmt: skip
                 print(text.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
             speed = o.num_tokens / (time.perf_counter() - started)

@@ -45,7 +45,6 @@ RECIPES = {
     "moe": "at full width only",
     "m-moe": "with a random number of experts in every layer",
 }
-EVAL_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
 
 @dataclass
@@ -56,7 +55,7 @@ class TrainConfig:
     resume: bool = option(False, "continue the run in out_dir; options not given are taken from it")
     # what to train
     recipe: str = option("serve", "how micro-batches run: " + "; ".join(f"{k}, {v}" for k, v in RECIPES.items()))
-    seed: int = option(1337, "of initial weights, data order, widths and dropout", least=0)
+    seed: int = option(1337, "of initial weights, data order, widths and dropout", least=0, most=2**63 - 1)
     n_layer: int = option(6, "blocks")
     n_head: int = option(6, "attention heads")
     n_embd: int = option(384, "model width d")
@@ -105,8 +104,8 @@ PRESETS = {
     "1b": dict(n_layer=24, n_head=16, n_embd=1024, steps=30000, batch_size=8, learning_rate=3e-4),
 }  # fmt: skip
 
-# what a resumed run may change; anything else would make it another run
-MAY_CHANGE = set("resume out_dir steps eval_interval eval_tokens log_interval device compile".split())
+# what a resumed run may change (of the dataset the place, not the content); anything else would make it another run
+MAY_CHANGE = set("resume out_dir dataset steps eval_interval eval_tokens log_interval device compile".split())
 
 
 def parse_options(argv=None):
@@ -124,8 +123,6 @@ def check_options(o):
     if o.recipe != "moe" and o.n_expert == 1:
         raise UsageError(f"--recipe={o.recipe} needs experts to slim: use --recipe=moe with --n_expert=1")
     check_width(o.train_width, "--train_width")
-    if o.seed >= 2**63:
-        raise UsageError(f"--seed must be below 2**63, not {o.seed}")
     micro = o.batch_size * o.block_size
     if o.tokens_per_step % micro:
         raise UsageError(
@@ -193,8 +190,25 @@ def join_processes(device):
     if gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group()  # NCCL for what is on GPUs, gloo for what is on CPUs
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def check_processes(o, world, data):
+    """Refuse what several processes cannot share: micro-batches that do not divide, and different data."""
+    if o.micro_batches % world:
+        sequences, left = divmod(o.tokens_per_step // o.block_size, world)
+        fits = [b for b in range(1, o.batch_size + 1) if sequences % b == 0]
+        raise UsageError(
+            f"{world} processes cannot share {o.micro_batches} micro-batch(es) of --batch_size={o.batch_size} equally: "
+            + (f"--tokens_per_step must be a multiple of {world * o.block_size}" if left or not fits else
+               f"take --batch_size={fits[-1]}")
+        )  # fmt: skip
+    everybodys = [data] * world
+    if world > 1:
+        dist.all_gather_object(everybodys, data)
+    if any(theirs != data for theirs in everybodys):
+        raise UsageError(f"the processes have different data in {o.dataset}: copy it from one machine to all")
 
 
 def all_sum(tensor):
@@ -204,8 +218,14 @@ def all_sum(tensor):
     return tensor
 
 
+def is_main():
+    """Whether this is the one process that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 class Stop:
-    """Ctrl-C and SIGTERM: finish the step, save, leave. A second Ctrl-C does not wait."""
+    """Ctrl-C, SIGTERM, or nobody left who reads what we print: finish the step, save, leave. A second Ctrl-C does not
+    wait."""
 
     def __enter__(self):
         self.asked = False
@@ -220,6 +240,13 @@ class Stop:
     def __exit__(self, *error):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def say(self, text):
+        if is_main():
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # a pipe's reader, `tee` say, got the same Ctrl-C
+                self.asked, sys.stdout = True, open(os.devnull, "w")
 
 
 # -----------------------------------------------------------------------------
@@ -269,6 +296,8 @@ def load_model(path):
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as e:
         raise UsageError(f"{path} does not fit this version of model.py: {str(e).splitlines()[0]}") from e
+    if bad := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        raise UsageError(f"{path} holds weights that are not finite, first in {bad[0]}: use an earlier checkpoint")
     return model.eval(), checkpoint
 
 
@@ -305,18 +334,44 @@ def lock_folder(folder):
 
 
 class Log:
-    """log.jsonl. A resumed run drops the lines after its step, and a last line that is not whole."""
+    """log.jsonl, one line for every step and evaluation. A resumed run drops the lines after its step, and those that
+    are not whole."""
 
     def __init__(self, path, step):
         self.path = path
-        whole = [line for line in open(path) if line.endswith("\n")] if path.exists() else []
+        kept = []
+        for line in open(path, errors="replace") if path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # cut off by a full disk, or an editor's
+                continue
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        temporary.write_text("".join(kept))
         os.replace(temporary, path)
 
     def __call__(self, **entry):
         with open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
+
+
+@dataclass
+class State:
+    """Where a run is, besides its weights and optimizer. All of it is in last.pt."""
+
+    step: int = 0  # steps done
+    evaluated: int = -1  # the step of the last evaluation
+    best: float = math.inf  # the validation loss of ckpt.pt
+    flops: float = 0.0  # spent on training
+
+
+def save(path, model, o, state, identity, optimizer=None):
+    """Save a run: for --resume with its optimizer, otherwise for those who use the model."""
+    if is_main():
+        checkpoint = dict(model=model.state_dict(), step=state.step, tokens=state.step * o.tokens_per_step, **identity)
+        if optimizer:
+            checkpoint["optimizer"] = optimizer.state_dict()
+        save_checkpoint(path, dict(checkpoint, options=asdict(o), state=asdict(state)))
 
 
 # -----------------------------------------------------------------------------
@@ -349,7 +404,9 @@ class RandomExperts:
 
 
 def training_passes(o, rng, device="cpu"):
-    """The passes of one micro-batch: [(width or width policy, what its mean loss counts), ...]."""
+    """What multi-width training is: the passes of one micro-batch, [(width or policy, weight), ...]. Each runs the whole
+    micro-batch; the step descends the weighted sum of their losses.
+    """
     if o.recipe == "moe":
         return [(1.0, 1)]
     if o.recipe == "m-moe":
@@ -363,34 +420,88 @@ def training_passes(o, rng, device="cpu"):
 
 
 def accumulate(o, model, data, step, micros, device, dtype, stats):
-    """Add up the gradients of one step. Returns its mean loss at full width and its mean loss at other widths.
+    """Add up the gradients of one step. Returns its mean loss at full width and its mean loss at other widths (0 if
+    there was no such pass), in nats.
 
     Batch, widths and dropout of a micro-batch are functions of the seed, the step and the micro-batch alone: so a
     resumed run is the run that was never stopped, and several processes make the run of one.
     """
-    losses = {True: [], False: []}  # at full width, narrower
+    losses = {True: [], False: []}  # at full width, at others
     for micro in micros:
         rng = np.random.default_rng([o.seed, step, micro + 1])  # [seed, step] is the batch's, and so is [..., 0]
         batch = data.random_batch(o.seed, step, micro * o.batch_size, o.batch_size)
-        idx, targets = (t.pin_memory().to(device, non_blocking=True) if "cuda" in device else t.to(device) for t in batch)
+        batch = (t.pin_memory() if device.startswith("cuda") else t for t in batch)
+        idx, targets = (t.to(device, non_blocking=True) for t in batch)
         passes = training_passes(o, rng, device)
         torch.manual_seed(rng.integers(2**62))  # dropout
         for i, (width, weight) in enumerate(passes):
-            # gradients are exchanged once, at the end (what DDP's no_sync toggles)
+            # processes exchange gradients once, after the last pass (what DistributedDataParallel.no_sync toggles)
             model.require_backward_grad_sync = micro == micros[-1] and i == len(passes) - 1
             with autocast(device, dtype):
                 _, loss, aux = model(idx, targets, width, stats=stats)
             ((loss + aux) * (weight / len(micros))).backward()
             losses[width == 1].append(loss.detach())
-    return [torch.stack(l).mean() if l else torch.zeros((), device=device) for l in (losses[True], losses[False])]
+    return [torch.stack(l).mean() if l else torch.zeros((), device=device) for l in losses.values()]
+
+
+def take_step(o, model, parallel, optimizer, data, state, micros, device, dtype, stop):
+    """One step of training, over all processes. Returns (mean loss at full width, at others, gradient norm, whether a
+    process was told to stop). Where one of the first three is not finite nothing is updated.
+    """
+    stats = Stats(model.config, device)
+    full, narrow = accumulate(o, parallel, data, state.step, micros, device, dtype, stats)
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    news = torch.stack([full, narrow, norm, stats.mean_width(stats.ran), full.new_tensor(float(stop.asked))])
+    world = o.micro_batches // len(micros)
+    full, narrow, norm, width, stopping = (all_sum(news) / world).tolist()  # the only wait for the device
+    if not math.isfinite(full + narrow + norm):
+        return full, narrow, norm, False
+    if o.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), o.grad_clip, torch.tensor(norm))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, o)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if o.bias_rate:
+        balance_by_bias(model, all_sum(stats.load).float(), o.bias_rate)
+    state.step += 1
+    state.flops += 3 * stats.tokens * world * model.flops_per_token(width if o.n_expert > 1 else 1.0)[0]
+    return full, narrow, norm, stopping > 0
+
+
+def not_finite(model, full, narrow, norm):
+    """What to tell who trains a model whose step had these numbers: where it begins, what helps."""
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return (
+        f"loss {full:g} at full width, {narrow:g} at others, gradient norm {norm:g}; first gradients that are not "
+        f"finite: {', '.join(bad[:3]) or 'none'}. A new run with a lower --learning_rate or a longer --warmup_steps "
+        "usually helps"
+    )
 
 
 def balance_by_bias(model, load, rate):
-    """DeepSeek-V3's balancing without a loss: busy experts become a little less likely."""
-    load = all_sum(load).float()
+    """DeepSeek-V3's balancing without a loss: busy experts become a little less likely. load: (layers, E) slots."""
     for block, n in zip(model.transformer.h, load):
         if block.moe:
             block.mlp.bias += rate * (n.mean() - n).sign()
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+def eval_widths(o):
+    """What evaluation measures, {name: width or policy}, and the names of what the recipe is to serve: their mean loss
+    chooses ckpt.pt."""
+    if o.n_expert == 1:
+        return {"1": 1.0}, ["1"]
+    widths = {f"{width:g}": width for width in (1.0, 0.75, 0.5, 0.25)}
+    if o.recipe == "mose":
+        return widths, list(widths)
+    if o.recipe == "serve":  # which is at its weakest at uniform widths
+        budgets = {f"router {budget:g}": RouterWidth(budget) for budget in (0.5, 0.25)}
+        return {**widths, **budgets}, ["1", *budgets]
+    return widths, ["1"]
 
 
 @torch.no_grad()
@@ -405,32 +516,44 @@ def sequence_losses(model, batches, width, device, dtype, stats=None):
     return torch.cat(losses).cpu()
 
 
-def evaluate(model, batches, device, dtype):
-    """Validation loss {width: nats per token}, and each expert's load as a multiple of its fair share (layers, E)."""
+def evaluate(model, batches, widths, device, dtype):
+    """Validation losses {name: nats per token} at widths {name: width or policy}, and how busy the experts of every MoE
+    block are at full width, in multiples of a fair share: (MoE blocks, E)."""
     model.eval()
     losses, stats = {}, Stats(model.config, device)
-    for width in EVAL_WIDTHS if model.config.n_expert > 1 else (1.0,):
-        mine = sequence_losses(model, batches, width, device, dtype, stats if width == 1 else None)
-        total, n = all_sum(torch.tensor([mine.sum(), len(mine)], device=device)).tolist()
-        losses[width] = total / n
+    for name, width in widths.items():
+        mine = sequence_losses(model, batches, width, device, dtype, stats if width == 1 else None).double()
+        total, n = all_sum(torch.tensor([mine.sum(), len(mine)], dtype=torch.float64)).tolist()
+        losses[name] = total / n
     model.train()
     load = all_sum(stats.load).cpu().float()
-    load = load[load.sum(1) > 0]  # the blocks with experts
+    load = load[load.sum(1) > 0]
     return losses, load / load.mean(1, keepdim=True)
 
 
-@dataclass
-class State:
-    """Where a run is, besides its weights and optimizer. All of it is in last.pt."""
+def collapsing(load, o):
+    """The MoE blocks of load (see `evaluate`) one of whose experts gets far too much."""
+    limit = min(3.0, 1 + 0.9 * (o.n_expert / o.top_k - 1))  # n_expert / top_k is the most
+    return {i: most for i, most in enumerate(load.amax(1).tolist()) if most > limit} if len(load) else {}
 
-    step: int = 0  # steps done
-    evaluated: int = -1  # the step of the last evaluation
-    best: float = math.inf  # the validation loss of ckpt.pt
-    flops: float = 0.0  # spent on training
+
+def describe(o, preset, model, why, world):
+    total, active = model.num_params()
+    processes = f", on {world} processes" if world > 1 else ""
+    warning = "\nwarning: with --top_k=1 the router learns nothing from the loss: add --norm_topk_prob=False"
+    return (
+        f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M per token at full width\n"
+        f"{why}; {o.tokens_per_step:,} tokens per step, {o.micro_batches} micro-batch(es) of {o.batch_size} x "
+        f"{o.block_size}{processes}" + (warning if o.top_k == 1 < o.n_expert and o.norm_topk_prob else "")
+    )
+
+
+# -----------------------------------------------------------------------------
+# The loop
 
 
 def train(preset, o, given):
-    # what to do, and whether it can be done
+    """Train as the options say, or go on with the run in out_dir. Raises UsageError before anything is spent."""
     out, last = Path(o.out_dir), Path(o.out_dir) / "last.pt"
     if not o.resume and (last.exists() or (out / "ckpt.pt").exists()):
         raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
@@ -447,132 +570,91 @@ def train(preset, o, given):
     if checkpoint and checkpoint["config"] != identity["config"]:
         raise UsageError(f"the run in {out} was made by another version of model.py: its config has other fields")
     rank, world, device = join_processes(device)
-    if o.micro_batches % world:
-        raise UsageError(
-            f"{world} processes cannot share {o.micro_batches} micro-batch(es): lower --batch_size, so that their "
-            f"number, tokens_per_step / (batch_size * block_size), is a multiple of {world}"
-        )
-    if rank == 0:
+    check_processes(o, world, identity["data"])
+    if is_main():
         lock = lock_folder(out)  # noqa: F841, held until the process ends
         if written != (last.stat().st_mtime_ns if last.exists() else None):
             raise UsageError(f"another run has just written {last}: try again")
 
-    # model, optimizer, state
     torch.manual_seed(o.seed)
     torch.set_float32_matmul_precision("high")
     model = GPT(config).to(device)
-    optimizer = make_optimizer(model, o)
-    state = State()
+    optimizer, state = make_optimizer(model, o), State()
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = State(**checkpoint["state"])
         if checkpoint["options"]["eval_tokens"] != o.eval_tokens:
             state.best = math.inf  # of another text
-    resuming, checkpoint = checkpoint is not None, None  # as large as the model and its optimizer
+        checkpoint = None  # as large as the model and its optimizer
+    run = (model, o, state, identity)
     if o.compile:
         model.body = torch.compile(model.body)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     micros = range(rank, o.micro_batches, world)
     val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
     val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
-
-    say = print if rank == 0 else lambda *args, **kwargs: None
-    log = Log(out / "log.jsonl", state.step or -1) if rank == 0 else lambda **entry: None
-
-    def save(path, **more):
-        if rank == 0:
-            everything = dict(model=model.state_dict(), options=asdict(o), state=asdict(state), step=state.step, **identity)
-            save_checkpoint(path, dict(everything, tokens=state.step * o.tokens_per_step, **more))
-
-    total, active = model.num_params()
-    say(f"{preset}, recipe {o.recipe}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M per token at full width")
-    say(f"{why}; {o.tokens_per_step:,} tokens per step, {o.micro_batches} micro-batch(es) of {o.batch_size} x "
-        f"{o.block_size}" + (f", on {world} processes" if world > 1 else ""))  # fmt: skip
-    say(f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens ({tokenizer}) from {o.dataset}", flush=True)
-    if resuming:
-        say(f"resuming after step {state.step}" + (", the last one: raise --steps to go on" if state.step >= o.steps else ""))
-    else:
-        save(last, optimizer=optimizer.state_dict())  # from here on --resume works, whatever happens
+    widths, served = eval_widths(o)
+    log = Log(out / "log.jsonl", state.step or -1) if is_main() else lambda **entry: None
 
     with Stop() as stop:
-        began, first, uneven = time.perf_counter(), state.step, set()
-        while True:
-            # evaluate, save
-            last_step = state.step >= o.steps
-            if (last_step or state.step % o.eval_interval == 0) and state.evaluated != state.step:
-                losses, load = evaluate(model, val_batches, device, dtype)
-                state.evaluated = state.step
-                # ckpt.pt is the best at full width, or over the uniform widths if the recipe is to serve others too
-                loss = losses[1.0] if o.recipe in ("moe", "m-moe") else sum(losses.values()) / len(losses)
-                line = f"eval {state.step}/{o.steps} | " + " | ".join(f"width {w:g}: {l:.4f}" for w, l in losses.items())
-                log(step=state.step, val_loss={f"{w:g}": l for w, l in losses.items()},
-                    busiest=load.amax(1).tolist(), idlest=load.amin(1).tolist())  # fmt: skip
-                if loss < state.best:
-                    state.best, line = loss, line + " | best"
-                    save(out / "ckpt.pt")
-                save(last, optimizer=optimizer.state_dict())
-                say(line, flush=True)
-                limit = min(3.0, 1 + 0.9 * (o.n_expert / o.top_k - 1))  # n_expert / top_k is the most
-                before, uneven = uneven, {i for i, most in enumerate(load.amax(1).tolist()) if most > limit and state.step > o.warmup_steps}
-                for i in sorted(uneven & before):  # once can be chance
-                    most = load[i].max()
-                    say(f"warning: one expert of MoE layer {i} gets {most:.1f} times its fair share: the router is "
-                        "collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001")  # fmt: skip
-            if last_step:
+        stop.say(describe(o, preset, model, why, world))
+        tokens = f"{train_data.n_tokens:,} training and {val_data.n_tokens:,} validation tokens"
+        stop.say(f"{tokens} ({tokenizer}) from {o.dataset}")
+        if o.resume:
+            finished = ", the last one: raise --steps to go on" if state.step >= o.steps else ""
+            stop.say(f"resuming after step {state.step}{finished}")
+        else:
+            save(last, *run, optimizer)  # from here on --resume works, whatever happens
+        began, first, uneven = time.perf_counter(), state.step, {}
+        while True:  # steps + 1 turns: each but the last takes a step after what is to be done before it
+            final = state.step >= o.steps
+            if (final or state.step % o.eval_interval == 0) and state.evaluated != state.step:
+                started = time.perf_counter()
+                losses, load = evaluate(model, val_batches, widths, device, dtype)
+                state.evaluated, loss = state.step, sum(losses[name] for name in served) / len(served)
+                improved, state.best = loss < state.best, min(loss, state.best)
+                log(step=state.step, val_loss=losses, busiest=[n.max().item() for n in load],
+                    idlest=[n.min().item() for n in load], eval_seconds=time.perf_counter() - started)  # fmt: skip
+                if improved:
+                    save(out / "ckpt.pt", *run)
+                save(last, *run, optimizer)
+                shown = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+                stop.say(f"eval {state.step}/{o.steps} | {shown}" + (" | best" if improved else ""))
+                before, uneven = uneven, collapsing(load, o) if state.step > o.warmup_steps else {}
+                for i in sorted(before.keys() & uneven.keys()):  # once can be chance
+                    stop.say(
+                        f"warning: one expert of MoE layer {i} gets {uneven[i]:.1f} times its fair share: the router "
+                        "is collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001"
+                    )
+            if final:
                 break
 
-            # one step
-            started, stats = time.perf_counter(), Stats(config, device)
-            full, narrow = accumulate(o, parallel, train_data, state.step, micros, device, dtype, stats)
-            norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-            means = torch.stack([full, narrow, norm, stats.mean_width(stats.ran), full.new_tensor(float(stop.asked))])
-            full, narrow, norm, width, stopping = (all_sum(means) / world).tolist()  # the only synchronisation
-            if not all(map(math.isfinite, (full, narrow, norm))):
-                save(last, optimizer=optimizer.state_dict())
-                all_sum(torch.zeros(1, device=device))  # who leaves first would have torchrun kill the one who saves
-                raise UsageError(
-                    f"step {state.step + 1}: loss {full:g} at full width, {narrow:g} at others, gradient norm {norm:g}; "
-                    f"stopped before the update, saved {last}. First gradients that are not finite: "
-                    f"{', '.join(not_finite(model)[:3]) or 'none'}. A new run with a lower --learning_rate or a longer "
-                    "--warmup_steps usually helps"
-                )
-            if o.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), o.grad_clip, torch.tensor(norm))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, o)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if o.bias_rate:
-                balance_by_bias(model, stats.load, o.bias_rate)
-            state.step += 1
-            state.flops += 3 * stats.tokens * world * model.flops_per_token(width)[0]
-
-            # report
-            seconds = time.perf_counter() - started
-            means = dict(loss_full=full, loss_narrow=narrow)
-            if o.recipe == "moe":
-                means.pop("loss_narrow")
-            if o.recipe in ("serve", "m-moe"):
-                means.pop("loss_full")
-            log(step=state.step, **means, grad_norm=norm, lr=learning_rate(state.step - 1, o),
-                tokens_per_s=o.tokens_per_step / seconds, flops=state.flops)  # fmt: skip
+            started = time.perf_counter()
+            full, narrow, norm, stopping = take_step(
+                o, model, parallel, optimizer, train_data, state, micros, device, dtype, stop
+            )
+            failed = not math.isfinite(full + narrow + norm)
+            if failed or stopping:  # before anything is printed
+                save(last, *run, optimizer)
+                all_sum(torch.zeros(1))  # who leaves first would have torchrun kill the one who saves
+            if failed:
+                reason = not_finite(model, full, narrow, norm)
+                raise UsageError(f"step {state.step + 1}: {reason}. Stopped before the update, saved {last}")
+            speed = o.tokens_per_step / (time.perf_counter() - started)
+            losses = dict(loss_full=full) if o.recipe == "moe" else dict(loss_full=full, loss_narrow=narrow)
+            losses = {name: loss for name, loss in losses.items() if loss}  # a recipe may have no such pass
+            log(step=state.step, **losses, grad_norm=norm, lr=learning_rate(state.step - 1, o), tokens_per_s=speed,
+                flops=state.flops)  # fmt: skip
             if state.step % o.log_interval == 0 or state.step == o.steps:
                 left = int((o.steps - state.step) * (time.perf_counter() - began) / (state.step - first))
-                shown = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items())
-                say(f"step {state.step}/{o.steps} | {shown} | {o.tokens_per_step / seconds:,.0f} tokens/s | "
-                    f"{left // 60}m{left % 60:02d}s left", flush=True)  # fmt: skip
+                shown = " | ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())
+                left = f"{left // 60}m{left % 60:02d}s left"
+                stop.say(f"step {state.step}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {left}")
             if stopping:
-                save(last, optimizer=optimizer.state_dict())
-                all_sum(torch.zeros(1, device=device))
-                say(f"stopped at step {state.step}; {last} is saved: continue with --resume", flush=True)
+                stop.say(f"stopped at step {state.step}; {last} is saved: continue with --resume")
                 sys.exit(130)
-    say(f"{out / 'ckpt.pt'} is the best model, {last} the latest")
-
-
-def not_finite(model):
-    """Names of the parameters whose gradients are not finite."""
-    return [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        stop.say(f"{out / 'ckpt.pt'} is the best model, {last} the latest")
 
 
 def main():
