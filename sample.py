@@ -96,7 +96,8 @@ def main():
             ):  # fmt: skip
                 print(text.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
             speed = o.num_tokens / (time.perf_counter() - started)
-            print(f"\n--- {speed:.1f} tokens/s, mean width {stats.mean_width(stats.used).item():.3f}\n")
+            ran = f", mean width {stats.mean_width(stats.used).item():.3f}" if model.config.n_expert > 1 else ""
+            print(f"\n--- {speed:.1f} tokens/s{ran}\n")
 
 
 if __name__ == "__main__":
