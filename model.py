@@ -43,6 +43,10 @@ class UsageError(ValueError):
 GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05: level l is width l / GRID
 
 
+def is_policy(width):
+    return hasattr(width, "widths") or hasattr(width, "at")
+
+
 def check_width(width, name="width"):
     if isinstance(width, bool) or not isinstance(width, numbers.Real) or not 0 < width <= 1:
         raise UsageError(f"{name} must be a number above 0 and at most 1, not {width!r}")
@@ -62,11 +66,10 @@ def width_to_neurons(width, n_hidden):
 class RouterWidth:
     """Width policy: split each token's budget over its experts by the router's confidence.
 
-    budget: mean width over a token's selected experts, at most 1; the k of them share k * budget.
+    budget: mean width over a token's k selected experts, at most 1; they share k * budget
     gamma: how strongly confidence counts: s_e = p_e^gamma / sum p^gamma is an expert's share. 0 is uniform width; a
-        large gamma at budget 1/k runs only the likeliest expert (with the weight that it has among the k).
-
-    Both can be tensors (N, 1), one value per token, which are not checked, or require grad, to be learned.
+        large gamma at budget 1/k runs only the likeliest expert (with the weight that it has among the k)
+    Both can be tensors (N, 1), a value per token, or require grad, to be learned; then they are not checked.
     """
 
     def __init__(self, budget, gamma=1.0):
@@ -139,8 +142,7 @@ class GPTConfig:
     norm_topk_prob: bool = True  # renormalise the selected experts' probabilities; not for top_k=1: always 1
 
     def __post_init__(self):
-        if self.expert_hidden is None:
-            self.expert_hidden = 4 * self.n_embd
+        self.expert_hidden = self.expert_hidden or 4 * self.n_embd
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k", "moe_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -171,11 +173,11 @@ MATRICES = 2  # of an expert: parameters and FLOPs are counted by it
 
 
 def gelu_mlp(rows, ends, keep, w_in, w_out):
-    """The expert itself: the one place to change it. Row j of each matrix (E, h, d) belongs to neuron j; in a dense block
-    they are (h, d).
+    """The expert itself: the one place to change it. Row j of each matrix belongs to neuron j.
 
-    rows, ends: (n, d) grouped by expert, see `grouped_mm`
+    rows, ends: (n, d) grouped by expert, see `grouped_mm`; in dense blocks ends is None
     keep: (n, h), what each neuron of each row counts; None if all count 1
+    w_in, w_out: (E, h, d), cut to the h neurons that run; (h, d) in dense blocks
     """
     a = F.gelu(grouped_mm(rows, w_in.mT, ends))  # (n, h)
     return grouped_mm(a if keep is None else a * keep, w_out, ends)  # (n, d)
@@ -210,7 +212,8 @@ def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
             neurons = [table[l] for l in levels]
     if stats is not None:
         used = sizes[0] * width if level is None else joins.new_tensor(table)[level.long()].sum().long()
-        stats.count(used, sum(size * h for size, h in zip(sizes, neurons)))
+        stats.used += used
+        stats.ran += sum(size * h for size, h in zip(sizes, neurons))
     matrices = [w[:, : neurons[-1]].to(x.dtype) for w in matrices]  # the last chunk is the widest
 
     def run(c, rows, ends, slot):
@@ -267,8 +270,8 @@ def plan_chunks(level):
     1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
     much is zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all of them are one chunk at level 9.
     Chunk 0 is level 0: the skipped slots.
-    Returns the chunk of each slot (N, k), and, in ascending order, lists of each chunk's number of slots, its level, and
-    whether it holds narrower slots too.
+    Returns the chunk of each slot (N, k), and of every chunk its number of slots, its level, ascending, and whether it
+    holds narrower slots too.
     """
     kind = level.clamp(-1, GRID + 1).long() + 1  # so that what is out of range is counted too
     counts = torch.bincount(kind.flatten(), minlength=GRID + 3).tolist()  # the one place where the host waits
@@ -276,18 +279,15 @@ def plan_chunks(level):
     if low or high:
         bad = (level.min() if low else level.max()).item() / GRID
         raise UsageError(f"widths must be from 0 to 1, not {bad:g}")
-    chunk_of, sizes, levels, mixed = [0] * (GRID + 1), counts[:1], [0], [False]
+    chunk_of, chunks = [0] * (GRID + 1), [(counts[0], 0, False)]
     for l in range(1, GRID + 1):
         if counts[l]:
-            if len(sizes) == 1 or sizes[-1] * MAX_CHUNKS >= level.numel():  # the open chunk is large enough
-                sizes.append(0)
-                levels.append(0)
-                mixed.append(False)
-            chunk_of[l] = len(sizes) - 1
-            mixed[-1] = sizes[-1] > 0
-            sizes[-1] += counts[l]
-            levels[-1] = l
-    return torch.tensor(chunk_of, device=level.device)[kind - 1], sizes, levels, mixed
+            if len(chunks) == 1 or chunks[-1][0] * MAX_CHUNKS >= level.numel():  # the open chunk is large enough
+                chunks.append((0, 0, False))
+            size = chunks[-1][0]
+            chunks[-1] = size + counts[l], l, size > 0
+            chunk_of[l] = len(chunks) - 1
+    return torch.tensor(chunk_of, device=level.device)[kind - 1], *zip(*chunks)
 
 
 class Stats:
@@ -298,10 +298,6 @@ class Stats:
         self.load = torch.zeros(config.n_layer, config.n_expert, dtype=torch.int64, device=device)  # slots of experts
         self.used = torch.zeros((), dtype=torch.int64, device=device)  # neurons that the widths asked for
         self.ran = torch.zeros((), dtype=torch.int64, device=device)  # and that ran: scarce widths run with wider ones
-
-    def count(self, used, ran):
-        self.used += used
-        self.ran += ran
 
     def mean_width(self, neurons):
         """`used` or `ran` as a share of all neurons of the experts that the tokens visited, a scalar. What the policy
@@ -332,14 +328,12 @@ class SlimmableMoE(nn.Module):
         width: in (0, 1], or a width policy; or an int of 8 or more, a number of neurons, as GPT gives it: torch.compile
             can make an int a variable of its graph, but would compile anew for every float
         """
-        uniform = isinstance(width, int) and width >= 8
-        if not uniform and not hasattr(width, "widths") and not hasattr(width, "at"):
-            width, uniform = width_to_neurons(width, self.config.expert_hidden), True
-        in_graph = uniform and compute_dtype(x) == torch.bfloat16
+        if not is_policy(width) and not (isinstance(width, int) and width >= 8):
+            width = width_to_neurons(width, self.config.expert_hidden)
+        in_graph = isinstance(width, int) and compute_dtype(x) == torch.bfloat16
         return (self.run if in_graph else self.run_outside)(x, width, stats, losses)
 
-    # of torch.compile's graph: sizes that are new every time, and F.grouped_mm, which it traces in bfloat16 only
-    @torch.compiler.disable
+    @torch.compiler.disable  # sizes that are new every time; and F.grouped_mm, which is traced in bfloat16 only
     def run_outside(self, *args):
         return self.run(*args)
 
@@ -350,11 +344,8 @@ class SlimmableMoE(nn.Module):
             logits = F.linear(x.float(), self.router.weight.float())
         probs = logits.softmax(-1)  # (N, E)
         expert = (probs + self.bias).topk(c.top_k).indices  # (N, k)
-        aux = 0.0
-        if losses or stats is not None:
-            load = expert.new_zeros(c.n_expert).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
-        if losses:
-            aux = self.router_losses(logits, probs, load)
+        load = expert.new_zeros(c.n_expert).scatter_add_(0, expert.flatten(), torch.ones_like(expert.flatten()))
+        aux = self.router_losses(logits, probs, load) if losses else 0.0
         if stats is not None:
             stats.load[self.layer] += load
 
@@ -401,10 +392,8 @@ def compute_dtype(x):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: (n_layer, 2, B, n_head, block_size, head size), allocated once.
-
-    `length` of them are filled. GPT.forward advances it, once all layers have extended theirs.
-    """
+    """Keys and values of the `length` tokens seen so far: (n_layer, 2, B, n_head, block_size, head size), allocated once.
+    GPT.forward advances the length, once all layers have extended theirs."""
 
     def __init__(self, config):
         self.n_layer, self.size, self.length, self.kv = config.n_layer, config.block_size, 0, None
@@ -527,13 +516,12 @@ class GPT(nn.Module):
             raise UsageError(f"{start + T} tokens do not fit the context, 1 to block_size = {self.config.block_size}")
         if cache is not None and targets is not None:
             raise UsageError("a cache is for generation, which has no targets: give one or the other")
-        policy = hasattr(width, "widths") or hasattr(width, "at")
-        if self.config.n_expert == 1 and (policy or width != 1):
+        if self.config.n_expert == 1 and (is_policy(width) or width != 1):
             raise UsageError("a dense model (n_expert=1) has no experts to slim: width must be 1")
         if stats is not None:
             stats.tokens += idx.numel()
         # torch.compile can make an int a variable of its graph, but would compile anew for every float
-        width = width if policy else width_to_neurons(width, self.config.expert_hidden)
+        width = width if is_policy(width) else width_to_neurons(width, self.config.expert_hidden)
         return self.body(idx, targets, width, cache, stats)
 
     def body(self, idx, targets, width, cache, stats):

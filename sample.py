@@ -5,7 +5,7 @@ Sample text from a checkpoint, at any width of its experts.
     python sample.py --width=0.25 --prompt="def main("    # every expert at a quarter of its neurons
     python sample.py --width=1.0,0.5,0.25                 # the same prompt and seed at several widths
     python sample.py --budget=0.5 --gamma=2               # half on average, wider where the router is confident
-    python sample.py --budget=0.5 --calibrated            # half, spent as `bench.py frontier` learned for this checkpoint
+    python sample.py --budget=0.5 --calibrated            # half, spent as `bench.py frontier` learned
     python sample.py --checkpoint=out/55m/ckpt.pt --prompt=FILE:prompt.txt --num_samples=3
 """
 

@@ -31,9 +31,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (
-    GPT, GRID, FewerExperts, GPTConfig, RouterWidth, Stats, UsageError, check_width, width_to_neurons,
-)  # fmt: skip
+from model import GPT, GRID, FewerExperts, GPTConfig, RouterWidth, Stats, UsageError, check_width, width_to_neurons
 from prepare import open_dataset, option, parse, run
 
 # -----------------------------------------------------------------------------
@@ -404,8 +402,8 @@ class RandomExperts:
 
 
 def training_passes(o, rng, device="cpu"):
-    """What multi-width training is: the passes of one micro-batch, [(width or policy, weight), ...]. Each runs the whole
-    micro-batch; the step descends the weighted sum of their losses.
+    """What multi-width training is: the passes of one micro-batch, [(width or policy, weight), ...]. Each runs all of
+    its sequences; the step descends the weighted sum of their losses.
     """
     if o.recipe == "moe":
         return [(1.0, 1)]
