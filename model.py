@@ -202,7 +202,8 @@ def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
         width is a prefix of the rows of all of them
     """
     E, H = matrices[0].shape[:2]
-    chunk, sizes, neurons, level = 0, [expert.numel()], [width], None  # one width for all: one chunk
+    chunk, sizes, neurons, mixed = 0, [expert.numel()], [width], [False]  # one width for all: one chunk
+    table = joins = level = None
     if not isinstance(width, int):
         table, joins = level_table(H, x.device)
         level, neurons, mixed = width.float() * GRID, [H], [True]
@@ -220,7 +221,7 @@ def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
         h, keep = neurons[c], None
         if h == 0:  # skipped slots
             return torch.zeros_like(rows)
-        if level is not None and mixed[c]:  # a slot's own neurons; the block between two levels fades in linearly
+        if mixed[c]:  # a slot's own neurons; the block between two levels fades in linearly
             keep = (level.view(-1, 1)[slot] - joins[:h]).clamp_(0, 1).to(x.dtype)
         return mlp(rows, ends, keep, *(w[:, :h] for w in matrices))
 
@@ -328,7 +329,7 @@ class SlimmableMoE(nn.Module):
         width: in (0, 1], or a width policy; or an int of 8 or more, a number of neurons, as GPT gives it: torch.compile
             can make an int a variable of its graph, but would compile anew for every float
         """
-        if not is_policy(width) and not (isinstance(width, int) and width >= 8):
+        if not (isinstance(width, int) and width >= 8) and not is_policy(width):
             width = width_to_neurons(width, self.config.expert_hidden)
         in_graph = isinstance(width, int) and compute_dtype(x) == torch.bfloat16
         return (self.run if in_graph else self.run_outside)(x, width, stats, losses)
