@@ -588,7 +588,7 @@ def train(preset, o, given):
     run = (model, o, state, identity)
     if o.compile:
         model.body = torch.compile(model.body)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    parallel = DistributedDataParallel(model) if world > 1 else model
     micros = range(rank, o.micro_batches, world)
     val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
     val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
