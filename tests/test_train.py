@@ -266,6 +266,14 @@ class TestResume:
         train_tiny(out, *options[1:], *(["--resume"] if (out / "last.pt").exists() else []))
         assert_same(whole, load(out))
 
+    def test_a_resumed_run_replaces_the_best_model_by_a_better_one_only(self, inside, tmp_path):
+        train_tiny(tmp_path / "x", "--steps=3")
+        saved = load(tmp_path / "x")
+        saved["state"]["best"] = 0.0
+        torch.save(saved, tmp_path / "x/last.pt")
+        call(train, "demo", "--resume", f"--out_dir={tmp_path}/x", "--steps=5")
+        assert torch.load(tmp_path / "x/ckpt.pt", weights_only=True)["step"] == 3
+
     def test_data_may_move_but_not_change(self, inside, tmp_path):
         shutil.copytree("data/tiny", tmp_path / "a")
         train_tiny(tmp_path / "x", f"--dataset={tmp_path}/a", "--steps=3")
