@@ -13,7 +13,7 @@ import torch
 from conftest import ENVIRONMENT, HERE, TINY, call, read_log, train_tiny, write_shard
 
 import train
-from model import GPT, FewerExperts, GPTConfig, UsageError
+from model import GPT, FewerExperts, GPTConfig, Stats, UsageError
 from prepare import Shards, open_dataset
 
 LINE = [sys.executable, HERE / "train.py", "demo", *TINY]
@@ -39,24 +39,6 @@ def without_times(log):
 
 def evaluations(log):
     return {line["step"]: line["val_loss"] for line in log if "val_loss" in line}
-
-
-class TestData:
-    def test_windows_cover_every_shard_and_never_cross_one(self, tmp_path):
-        for i, length in enumerate((10, 3, 8)):
-            write_shard(tmp_path / f"x_train_{i:06d}.bin", np.arange(100 * i, 100 * i + length))
-        shards = Shards(tmp_path, "train", block_size=4, vocab_size=1000)
-        idx, targets = shards.windows(range(shards.ends[-1]))
-        assert idx[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203] and torch.equal(targets, idx + 1)
-
-    def test_accumulation_does_not_change_which_tokens_a_step_sees(self, inside):
-        data = open_dataset("tiny", 32)[0]
-        idx, targets = data.random_batch(7, 3, 0, 16)
-        parts = [data.random_batch(7, 3, first, 4) for first in (0, 4, 8, 12)]
-        assert torch.equal(idx, torch.cat([p[0] for p in parts])) and torch.equal(idx[:, 1:], targets[:, :-1])
-        assert torch.equal(targets, torch.cat([p[1] for p in parts]))
-        for seed, step in ((7, 4), (8, 3)):
-            assert not torch.equal(idx, data.random_batch(seed, step, 0, 16)[0])
 
 
 class TestRecipes:
@@ -113,6 +95,20 @@ class TestRecipes:
             spread[rate] = max(log[-1]["busiest"]) - min(log[-1]["idlest"])
             assert ("transformer.h.0.mlp.bias" in load(tmp_path / str(rate))["model"]) == (rate > 0)
         assert spread[0.01] < 0.7 * spread[0]
+
+    def test_accumulation_does_not_change_a_step(self, inside):
+        steps = []
+        for batch_size in (16, 4):
+            o = train.TrainConfig(recipe="moe", batch_size=batch_size, block_size=32, tokens_per_step=512,
+                                  n_layer=2, n_head=2, n_embd=32, balance_coef=0.0)  # fmt: skip
+            torch.manual_seed(0)
+            model, data = GPT(train.make_config(o, 257)), open_dataset("tiny", 32)[0]
+            micros, stats = range(o.micro_batches), Stats(model.config)
+            loss, _ = train.accumulate(o, model, data, 7, micros, "cpu", torch.float32, stats)
+            steps.append([loss, *(p.grad for p in model.parameters())])
+            assert stats.tokens == 512
+        for a, b in zip(*steps):
+            assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
 
     def test_a_narrow_model_has_narrow_experts(self):
         o = train.TrainConfig(train_width=0.25, n_embd=128, n_head=4)
@@ -269,6 +265,14 @@ class TestResume:
                 shutil.rmtree(out)
         train_tiny(out, *options[1:], *(["--resume"] if (out / "last.pt").exists() else []))
         assert_same(whole, load(out))
+
+    def test_a_resumed_run_replaces_the_best_model_by_a_better_one_only(self, inside, tmp_path):
+        train_tiny(tmp_path / "x", "--steps=3")
+        saved = load(tmp_path / "x")
+        saved["state"]["best"] = 0.0
+        torch.save(saved, tmp_path / "x/last.pt")
+        call(train, "demo", "--resume", f"--out_dir={tmp_path}/x", "--steps=5")
+        assert torch.load(tmp_path / "x/ckpt.pt", weights_only=True)["step"] == 3
 
     def test_data_may_move_but_not_change(self, inside, tmp_path):
         shutil.copytree("data/tiny", tmp_path / "a")
