@@ -150,7 +150,7 @@ class FrontierConfig(Machine):
     dataset: str = option("", "default: the one the first checkpoint was trained on")
     eval_tokens: int = option(131072, "validation tokens", least=1)
     batch_size: int = option(16, "sequences at a time", least=1)
-    seed: int = option(1337, "of the calibration batches", least=0)
+    seed: int = option(1337, "of the calibration batches", least=0, most=2**63 - 1)
 
 
 BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.2, 0.15)
@@ -399,7 +399,7 @@ class SpeedConfig(Machine):
     compile: bool = option(False, "also with torch.compile")
     batch_size: int = option(0, "sequences in a training step; 0: 16 on a GPU, 2048 tokens on a CPU", least=0)
     seconds: float = option(15.0, "measuring time for each row", least=0)
-    seed: int = option(1337, "of weights and tokens", least=0)
+    seed: int = option(1337, "of weights and tokens", least=0, most=2**63 - 1)
 
 
 COLUMNS = (1.0, 0.75, 0.5, 0.25, RouterWidth(0.5))
@@ -715,6 +715,7 @@ class Scorer:
 def load_tasks(names, o):
     """Returns Scorer as a model of lm_eval, {task: its object, all requests built} and {group: object}."""
     try:
+        import datasets
         import lm_eval.api.task
         from lm_eval.api.model import TemplateLM
         from lm_eval.tasks import TaskManager
@@ -724,6 +725,7 @@ def load_tasks(names, o):
         raise UsageError(f"--include_path must be a folder of task files, not {o.include_path}")
     for library in ("lm_eval", "datasets", "huggingface_hub"):  # the error below says it all
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = functools.partial(tqdm, leave=False, disable=None)  # as ours: for terminals
     for stock in (False, True) if o.include_path else (True,):  # lm_eval's own are 14,000 files: if need be
         manager = TaskManager(include_path=o.include_path or None, include_defaults=stock)
@@ -879,7 +881,12 @@ def tasks(o):
         raise UsageError("which tasks? Give --tasks=lambada_openai,hellaswag, say")
     lm_class, built, groups = load_tasks([name.strip() for name in o.tasks.split(",")], o)
     file, prints = Path(o.checkpoints[0]).parent / "tasks.json", {path: fingerprint(path) for path in o.checkpoints}
-    kept, shown, about = read_json(file).get("results", []), [], dict(lm_eval=version("lm_eval"), hardware=why)
+    kept, shown, full, about = (
+        read_json(file).get("results", []),
+        [],
+        None,
+        dict(lm_eval=version("lm_eval"), hardware=why),
+    )
     print(f"{why}; torch {torch.__version__}; lm_eval {about['lm_eval']}")
     for name, task in built.items():
         content = [[(r.args, r.doc) for r in task.instances], task.dump_config(), about["lm_eval"]]
@@ -894,7 +901,7 @@ def tasks(o):
                 result = dict(what, **run_task(lm, name, task, o.limit), key=key)
                 kept = [r for r in kept if not (what.items() <= r.items() and r["task"] == name)] + [result]
                 write_json(file, dict(about, results=kept))
-            full = result if width == 1 else full
+            full = result if width == 1 else full  # comes first
             result["metrics"] = compare(result, full)
             print_task(result, first=result is full)
             shown.append(result)
