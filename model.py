@@ -393,7 +393,7 @@ def compute_dtype(x):
 
 
 class KVCache:
-    """Keys and values of the `length` tokens seen so far: (n_layer, 2, B, n_head, block_size, head size), allocated once.
+    """Keys and values of the `length` tokens seen: (n_layer, 2, B, n_head, block_size, head size), allocated once.
     GPT.forward advances the length, once all layers have extended theirs."""
 
     def __init__(self, config):
