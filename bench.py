@@ -681,7 +681,7 @@ class Scorer:
             only = self.model.lm_head.register_forward_pre_hook(lambda head, x, scored=scored: x[0][scored])
             with only, autocast(self.where, self.dtype):
                 logits = self.model(idx, width=self.width, stats=self.stats)[0][:, : self.n_vocab]
-            pieces = zip(logits.split(256), targets.split(256))
+            pieces = zip(logits.split(32), targets.split(32))  # what a cache holds
             loss = torch.cat([F.cross_entropy(l.float(), t, reduction="none") for l, t in pieces]).tolist()
             greedy, start = (logits.argmax(-1) == targets).tolist(), 0
             for i, _, n in batch:
