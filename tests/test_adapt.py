@@ -35,7 +35,9 @@ MODELS = dict(
     qwen3_moe=dict(QWEN, head_dim=8),
     mixtral=dict(intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
     gpt_oss=dict(intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
-    glm4_moe=dict(QWEN, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=8, n_group=1, topk_group=1),
+    glm4_moe=dict(
+        QWEN, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=8, n_group=1, topk_group=1
+    ),
 )  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def test_gradients(model):
     for name, g in gradients(model).items():
         assert (g - stock[name]).norm() <= 1e-6 * stock[name].norm()
     got = gradients(adapt.set_width(model, 0.5))
-    for name, m in adapt.slim_all(model).items():
+    for m in adapt.slim_all(model).values():
         for p in m.parameters():
             p.data = p.grad  # so that `neurons` shows gradients
         for w in adapt.neurons(m):
@@ -288,7 +290,11 @@ def test_selection_biases_move_towards_balance():
     bias = dict(model.named_buffers())["model.layers.1.mlp.gate.e_score_correction_bias"]
     experts, load = adapt.experts_of(model)["model.layers.1.mlp.experts"], torch.zeros(4)
     before = bias.clone()
-    experts.register_forward_pre_hook(lambda m, args: load.add_(torch.bincount(args[1].flatten(), minlength=4)).sum() < 0 or None)
+
+    def count(m, args):
+        load.add_(torch.bincount(args[1].flatten(), minlength=4))
+
+    experts.register_forward_pre_hook(count)
     widths = adapt.train_widths(model, "moe", bias_rate=0.01)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(2):
@@ -296,3 +302,230 @@ def test_selection_biases_move_towards_balance():
     optimizer.step()
     assert torch.equal(bias, before + 0.01 * (load.mean() - load).sign()) and load.min() < load.max()
     widths.remove()
+
+
+# -----------------------------------------------------------------------------
+# Counting
+
+
+def test_flops_are_those_that_torch_counts(model):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fixed, experts = adapt.count_flops(model.config, IDX.size(1))
+    for width in (1.0, 0.5):
+        by_hand = tiny(model.config.model_type) if width == 1 else adapt.slice_experts(model, width)
+        by_hand.set_experts_implementation("eager")
+        by_hand.set_attn_implementation("eager")  # torch does not count the fused one on a CPU
+        with FlopCounterMode(display=False) as counter:
+            logits(by_hand, IDX[:1])
+        assert fixed + width * experts == counter.get_total_flops() / IDX.size(1)
+
+
+def test_evaluate():
+    model = tiny("qwen2_moe")
+    windows = torch.randint(2, 384, (6, 16), dtype=torch.int32)
+    rows = adapt.evaluate(model, windows, {"full": 1.0, "half": 0.5, "router": RouterWidth(0.5)}, batch_size=4)
+    first = None
+    for row, width in zip(rows, (1.0, 0.5)):
+        out = logits(adapt.set_width(model, width), windows.long())[:, :-1]
+        losses = (
+            F.cross_entropy(out.flatten(0, 1), windows[:, 1:].flatten().long(), reduction="none").view(6, -1).mean(1)
+        )
+        first = losses if first is None else first
+        assert row["loss"] == pytest.approx(losses.mean().item(), rel=1e-5) and row["mean_width"] == width
+        assert row["change"] == pytest.approx((losses - first).mean().item(), abs=1e-6)
+        assert row["error"] == pytest.approx((losses - first).std(correction=0).item() / 6**0.5, abs=1e-6)
+    assert rows[2]["mean_width"] == pytest.approx(0.5, abs=0.05) and rows[2]["flops_total"] < rows[0]["flops_total"]
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+SMALL = ["--seq_len=32", "--batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the model m, its tokenizer and some text."""
+    folder = tmp_path_factory.mktemp("adapt")
+    tiny("deepseek_v3").save_pretrained(folder / "m")
+    transformers.ByT5Tokenizer().save_pretrained(folder / "m")
+    (folder / "text.txt").write_text("".join(f"line {i}: the quick brown fox\n" for i in range(300)))
+    return folder
+
+
+@pytest.fixture
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_sort_slice_and_eval(inside, capsys):
+    adapt.main(["sort", "m", "sorted", "--text=text.txt", *SMALL])
+    assert worst(logits(load("sorted")), logits(load("m"))) < 2e-6
+    adapt.main(["sort", "m", "by-weights"])
+    adapt.main(["slice", "sorted", "half", "--width=0.5"])
+    half = load("half")
+    assert half.config.moe_intermediate_size == 32 and half.num_parameters() < load("m").num_parameters()
+    assert transformers.AutoTokenizer.from_pretrained("half")("fox")["input_ids"] == [105, 114, 123, 1]
+    assert Path("half/generation_config.json").read_bytes() == Path("m/generation_config.json").read_bytes()
+    capsys.readouterr()
+    for name in ("sorted", "half"):
+        adapt.main(["eval", name, "--text=text.txt", "--budget=0.5", "--eval_tokens=400", "--device=cpu", *SMALL])
+    points = [
+        {p["policy"]: p for p in json.loads(Path(name, "eval.json").read_text())["points"]}
+        for name in ("sorted", "half")
+    ]
+    assert list(points[0]) == ["width 1", "width 0.75", "width 0.5", "width 0.25", "router 0.5"]
+    assert points[0]["width 0.5"]["loss"] == points[1]["width 1"]["loss"]
+    assert points[0]["width 0.5"]["flops_total"] == points[1]["width 1"]["flops_total"]
+    assert Path("half/eval.png").exists() and "| router 0.5 | 0.5" in capsys.readouterr().out
+    assert not list(inside.glob(".*"))  # no leftovers
+
+
+def test_dry_run_needs_a_config_only(inside, capsys):
+    transformers.AutoConfig.from_pretrained("m").save_pretrained("config-only")
+    adapt.main(["eval", "config-only", "--dry_run", "--width=1,0.5", "--seq_len=32"])
+    out = capsys.readouterr().out
+    assert f"{load('m').num_parameters():,} parameters" in out and "| 0.5 |" in out
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(inside, monkeypatch):
+    options = ["--text=text.txt", "--steps=6", "--accumulate=2", "--seed=5", "--learning_rate=1e-3", *SMALL]
+    options.append('--trainer={"save_steps": 2}')
+    adapt.main(["train", "m", "trained", *options])
+    assert not Path("trained.training").exists() and Path("trained/trainer_state.json").exists()
+    stepped = adapt.TrainWidths.stepped
+
+    def stop(self, *args):
+        stepped(self, *args)
+        if self.step == 5:
+            raise InterruptedError
+
+    monkeypatch.setattr(adapt.TrainWidths, "stepped", stop)
+    with pytest.raises(InterruptedError):
+        adapt.main(["train", "m", "stopped", *options])
+    assert not Path("stopped").exists()
+    monkeypatch.setattr(adapt.TrainWidths, "stepped", stepped)
+    with pytest.raises(UsageError, match="add --resume"):
+        adapt.main(["train", "m", "stopped", *options])
+    adapt.main(["train", "m", "stopped", *options, "--resume"])
+    a, b, before = load("trained").state_dict(), load("stopped").state_dict(), load("m").state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert not torch.equal(a[bias], before[bias])
+
+
+def test_auxiliary_loss_is_trained_on(inside, monkeypatch):
+    tiny("olmoe").bfloat16().save_pretrained("olmoe")
+    transformers.ByT5Tokenizer().save_pretrained("olmoe")
+    seen = []
+    monkeypatch.setattr(
+        transformers.Trainer, "train", lambda self, **kw: seen.append(self.model.config.output_router_logits)
+    )
+    adapt.main(["train", "olmoe", "olmoe-trained", "--text=text.txt", "--steps=1", *SMALL])
+    config = json.loads(Path("olmoe-trained/config.json").read_text())
+    assert seen == [True] and not config["output_router_logits"]
+    assert load("olmoe-trained").dtype == torch.bfloat16
+
+
+def test_refused_in_one_line_and_nothing_written(inside):
+    transformers.LlamaConfig(**COMMON, intermediate_size=64).save_pretrained("dense")
+    transformers.AutoConfig.for_model(
+        "deepseek_v2", **{**COMMON, **MODELS["deepseek_v2"], "moe_intermediate_size": 28}
+    ).save_pretrained("odd")
+    for name, method in (("fp8", "fp8"), ("mxfp4", "mxfp4")):
+        config = json.loads(Path("m/config.json").read_text())
+        Path(name).mkdir(exist_ok=True)
+        Path(name, "config.json").write_text(json.dumps(dict(config, quantization_config=dict(quant_method=method))))
+    os.makedirs("lacking", exist_ok=True)
+    for file in Path("m").iterdir():
+        Path("lacking", file.name).write_bytes(file.read_bytes())
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file("m/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, "lacking/model.safetensors", metadata=dict(format="pt"))
+    os.makedirs("damaged", exist_ok=True)
+    for file in Path("m").iterdir():
+        Path("damaged", file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    Path("empty").mkdir(exist_ok=True)
+    Path("short.txt").write_text("x" * 300)
+    before = sorted(inside.rglob("*"))
+    for line, says in (
+        ("", "sort|train|slice MODEL OUT"),
+        ("sort m", "needs an OUT"),
+        ("sort m m", "exists"),
+        ("polish m new", "sort|train|slice"),
+        ("slice m new", "--width"),
+        ("slice m new --width=1.5", "--width must be a number above 0 and at most 1"),
+        ("slice m new --width=half", "numbers"),
+        ("slice m new --width=1,0.5", "one --width"),
+        ("slice m new --steps=3", "takes no --steps"),
+        ("slice m new --widht=0.5", "did you mean --width"),
+        ("sort dense new", "no experts that transformers can dispatch"),
+        ("slice odd new --width=0.5", "28 neurons"),
+        ("slice fp8 new --width=0.5", "FineGrainedFP8Config"),
+        ("slice mxfp4 new --width=0.5", "Mxfp4Config"),
+        ("slice lacking new --width=0.5", "lacks 1 weights"),
+        ("slice damaged new --width=0.5", "could not be loaded"),
+        ("slice empty new --width=0.5", "no language model"),
+        ("slice nowhere/at-all new --width=0.5", "no language model"),
+        ("sort m new --text=nothing.txt --seq_len=32", "no such file"),
+        ("sort m new --text=text.txt --seq_len=65", "64 positions"),
+        ("eval m --text=short.txt --seq_len=64", "31 tokens for validation"),
+        ("eval m", "needs --text"),
+        ("train m new", "needs --text"),
+        ("train m new --text=text.txt --recipe=best", "--recipe must be one of"),
+        ("train m new --text=text.txt --resume", "no checkpoint"),
+        ("train m new --text=text.txt --trainer={}x", "--trainer"),
+        ('train m new --text=text.txt --trainer={"lr":1}', "--trainer"),
+    ):
+        with pytest.raises(UsageError) as e:
+            adapt.main(line.split())
+        assert says in str(e.value) and "\n" not in str(e.value), (line, str(e.value))
+        assert sorted(inside.rglob("*")) == before, line
+
+
+def test_refused_in_a_model():
+    model = tiny("mixtral")
+    adapt.experts_of(model)["model.layers.0.mlp.experts"]._is_expert_parallel = True
+    with pytest.raises(UsageError, match="parallelism"):
+        adapt.set_width(model, 0.5)
+    model = tiny("mixtral")
+    experts = adapt.experts_of(model)["model.layers.0.mlp.experts"]
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UsageError, match="dequantize"):
+        adapt.set_width(model, 0.5)
+    model = tiny("qwen3_moe")
+    second = adapt.experts_of(model)["model.layers.1.mlp.experts"]
+    second.down_proj = torch.nn.Parameter(second.down_proj[:, :, :32])
+    with pytest.raises(UsageError, match="several sizes"):
+        adapt.slice_experts(model, 0.5)
+
+
+@pytest.mark.parametrize("command", [["slice", "m", "new", "--width=1"], ["sort", "m", "new"]])
+def test_a_disk_that_fills_leaves_nothing(inside, command):
+    before = sorted(inside.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UsageError, match="new could not be written, and nothing is left"):
+            adapt.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(inside.rglob("*")) == before
+
+
+def test_a_missing_extra_is_one_line(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('none here', name='transformers')")
+    here = str(Path(__file__).parent.parent)
+    line = [sys.executable, f"{here}/adapt.py", "sort", "a", "b"]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{here}"}
+    p = subprocess.run(line, capture_output=True, text=True, env=env)
+    message = "adapt.py: transformers is missing: pip install -r requirements-extras.txt\n"
+    assert (p.returncode, p.stdout, p.stderr) == (2, "", message)
