@@ -401,9 +401,10 @@ def count_flops(config, seq_len):
         with FlopCounterMode(display=False) as counter:
             mask = torch.zeros(1, 1, seq_len, seq_len)  # given whole: transformers would look into any other
             model(input_ids=torch.zeros(1, seq_len, dtype=torch.int64), attention_mask=mask, use_cache=False)
-    shared, routed = (
-        sum(m.slim.ran * neuron_flops(m) for m in parts if hasattr(m, "has_gate") is r) for r in (False, True)
-    )
+    shared, routed = 0, 0
+    for m in parts:
+        flops = m.slim.ran * neuron_flops(m)
+        shared, routed = (shared, routed + flops) if hasattr(m, "has_gate") else (shared + flops, routed)
     return (counter.get_total_flops() - shared) / seq_len, (shared + routed) / seq_len
 
 
@@ -411,8 +412,8 @@ def count_flops(config, seq_len):
 def evaluate(model, windows, policies, batch_size=8):
     """-> [dict(policy, mean_width, loss, change, error, flops_total, flops_expert), ...] on windows (n, T) of tokens.
 
-    policies: {name: width or policy}. loss: nats per token; change: of it from the first policy, with the standard error
-    of this paired difference; mean_width, and FLOPs per token, forward: of what ran.
+    policies: {name: width or policy}. loss is in nats per token, change that from the first policy, with the standard
+    error of this paired difference; mean_width, and forward FLOPs per token, are of what ran.
     """
     rows, first, parts = [], None, slim_all(model.eval()).values()
     fixed, full = count_flops(model.config, windows.size(1))
@@ -424,9 +425,7 @@ def evaluate(model, windows, policies, batch_size=8):
         for idx in windows.split(batch_size):
             idx = idx.to(model.device).long()
             logits = model(input_ids=idx, use_cache=False).logits
-            losses += [
-                F.cross_entropy(l[:-1].float(), t[1:]).item() for l, t in zip(logits, idx)
-            ]  # less memory, one by one
+            losses += [F.cross_entropy(l[:-1].float(), t[1:]).item() for l, t in zip(logits, idx)]  # float32 of one
         losses = np.array(losses)
         first = losses if first is None else first
         change, expert = losses - first, sum(int(m.slim.ran) * neuron_flops(m) for m in parts) / windows.numel()
@@ -451,11 +450,11 @@ COMPANIONS = (  # of the weights
 ).split()
 
 
-def look(name):
+def look(name, weights=True):
     """A folder or a hub's name -> its folder, its config, and the model without its weights. Raises UsageError."""
     try:
         if not Path(name).is_dir():
-            files = [*COMPANIONS, "config.json", "*.safetensors", "*.safetensors.index.json"]
+            files = ["config.json"] + [*COMPANIONS, "*.safetensors", "*.safetensors.index.json"] * weights
             name = huggingface_hub.snapshot_download(name, allow_patterns=files)
         config = transformers.AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -522,7 +521,7 @@ def documents(text):
 
 
 def read_windows(o, folder, config, n_tokens, is_val):
-    """Up to n_tokens of the training or validation documents, in windows (n, o.seq_len). UsageError if there is none."""
+    """Up to n_tokens of the training or validation documents, in windows (n, o.seq_len). Raises UsageError."""
     config = config.get_text_config()
     if o.seq_len > (limit := getattr(config, "max_position_embeddings", o.seq_len)):
         raise UsageError(f"--seq_len must be at most the model's {limit} positions, not {o.seq_len}")
@@ -589,7 +588,6 @@ def numbers(o, name, default=""):
 
 
 def run_sort(o, folder, config, out):
-    """text seq_len batch_size sort_tokens device"""
     windows = read_windows(o, folder, config, o.sort_tokens, False).split(o.batch_size) if o.text else ()
     model = load(folder, o.device)
     sort_neurons(model, windows)
@@ -597,14 +595,12 @@ def run_sort(o, folder, config, out):
 
 
 def run_slice(o, folder, config, out):
-    """width"""
     if len(numbers(o, "width")) != 1:
         raise UsageError("slice needs one --width, above 0 and at most 1")
     save(slice_experts(load(folder, "cpu"), *numbers(o, "width")), out, folder)
 
 
 def run_train(o, folder, config, out):
-    """text seq_len batch_size sort_tokens recipe sort steps accumulate learning_rate bias_rate seed trainer resume"""
     work, world = out.with_name(f"{out.name}.training"), int(os.environ.get("WORLD_SIZE", 1))
     last = get_last_checkpoint(work) if work.is_dir() else None
     if o.recipe not in RECIPES:
@@ -652,7 +648,6 @@ def run_train(o, folder, config, out):
 
 
 def run_eval(o, folder, config, out):
-    """text seq_len batch_size width budget gamma eval_tokens device"""
     policies = {"width 1": 1.0}
     policies |= {f"width {w:g}": w for w in numbers(o, "width", "1,0.75,0.5,0.25")}
     policies |= {f"router {b:g}": RouterWidth(b, o.gamma) for b in numbers(o, "budget")}
@@ -687,16 +682,20 @@ def dry_run(o, config, model):
     parts, total = slim_all(model).values(), sum(p.numel() for p in model.parameters())
     (fixed, experts), size = count_flops(config, o.seq_len), (config.dtype or torch.float32).itemsize
     print(f"{type(model).__name__}, {total:,} parameters: {total * size / 1e9:.1f} GB")
-    print(
-        f"to train all of it: {total * 16 / 1e9:.1f} GB of float32 weights, gradients and AdamW's moments, and activations"
-    )
+    print(f"trained: {total * 16 / 1e9:.1f} GB of weights, gradients and AdamW's moments in float32, and activations")
     print(f"| width | parameters | GB | FLOPs per token, of {o.seq_len} |\n|---|---|---|---|")
     for width in numbers(o, "width", "1,0.75,0.5,0.25"):
         left = total - sum(w.numel() // w.size(1) * (w.size(1) - cut(m, width)) for m in parts for w in neurons(m))
         print(f"| {width:g} | {left:,} | {left * size / 1e9:.2f} | {fixed + experts * width:.4g} |")
 
 
-COMMANDS = dict(sort=run_sort, train=run_train, eval=run_eval, slice=run_slice)  # docstring: the options that it takes
+COMMANDS = {  # and the options that each takes
+    "sort": (run_sort, "text seq_len batch_size sort_tokens device dry_run"),
+    "train": (run_train, "text seq_len batch_size recipe steps accumulate learning_rate bias_rate sort sort_tokens seed "
+              "trainer resume dry_run"),
+    "eval": (run_eval, "text seq_len batch_size width budget gamma eval_tokens device dry_run"),
+    "slice": (run_slice, "width dry_run seq_len"),
+}  # fmt: skip
 
 
 def main(argv=None):
@@ -704,27 +703,22 @@ def main(argv=None):
     n = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     _, o, given = parse(Options, __doc__, argv[n:])
     command, *names = argv[:n] or [""]
-    if command not in COMMANDS or not 1 <= len(names) <= 1 + (command != "eval"):
-        raise UsageError(
-            "it is adapt.py sort|train|slice MODEL OUT or adapt.py eval MODEL, and then --options: see --help"
-        )
-    if other := given - set(COMMANDS[command].__doc__.split()) - {"dry_run"}:
-        raise UsageError(
-            f"{command} takes no --{min(other)}; its options: --{' --'.join(COMMANDS[command].__doc__.split())}"
-        )
+    if command not in COMMANDS or len(names) not in ((1,) if command == "eval" else (1, 2) if o.dry_run else (2,)):
+        raise UsageError("it is adapt.py sort|train|slice MODEL OUT, or eval MODEL, and then --options: see --help")
+    function, takes = COMMANDS[command]
+    if other := given - set(takes.split()):
+        raise UsageError(f"{command} takes no --{min(other)}; its options: --{takes.replace(' ', ' --')}")
     out = Path(names[-1] if len(names) > 1 or Path(names[0]).is_dir() else f"out/{Path(names[0]).name}")
-    if command != "eval" and not o.dry_run and (len(names) < 2 or out.exists()):
-        raise UsageError(
-            f"{out} exists: choose another OUT, or remove it" if len(names) > 1 else f"{command} needs an OUT"
-        )
+    if len(names) > 1 and out.exists():
+        raise UsageError(f"{out} exists: choose another OUT, or remove it")
     if command in ("train", "eval") and not o.text and not o.dry_run:
         raise UsageError(f"{command} needs --text: a file, a folder, or a dataset of prepare.py")
     transformers.utils.logging.set_verbosity_error()
-    folder, config, model = look(names[0])
+    folder, config, model = look(names[0], weights=not o.dry_run)
     if o.dry_run:
         dry_run(o, config, model)
     else:
-        COMMANDS[command](o, folder, config, out)
+        function(o, folder, config, out)
 
 
 if __name__ == "__main__":

@@ -458,7 +458,7 @@ def test_refused_in_one_line_and_nothing_written(inside):
     before = sorted(inside.rglob("*"))
     for line, says in (
         ("", "sort|train|slice MODEL OUT"),
-        ("sort m", "needs an OUT"),
+        ("sort m", "sort|train|slice MODEL OUT"),
         ("sort m m", "exists"),
         ("polish m new", "sort|train|slice"),
         ("slice m new", "--width"),
