@@ -17,6 +17,7 @@ Neuron j of an expert is row j of its gate and up projections and column j of it
 nothing to the full model: `sort` puts first what matters most, so that a prefix is worth running.
 """
 
+import collections
 import copy
 import functools
 import itertools
@@ -113,6 +114,12 @@ def neurons(m):
     if m.has_gate:
         ins = [half for w in ins for half in (w.chunk(2, 1) if m.is_concatenated else [w.unflatten(1, (-1, 2))])]
     return [*ins, down]
+
+
+def vectors(m):
+    """Of `neurons`, all but biases."""
+    *ins, down = neurons(m)
+    return [w for w in ins if w.dim() > 2 and w.size(-1) == down.size(-1)] + [down]
 
 
 def slim_all(model):
@@ -337,7 +344,7 @@ def sort_neurons(model, batches=()):
     for idx in batches:
         model(input_ids=idx.to(model.device).long(), use_cache=False)
     for m in parts:
-        norms = [w.float().norm(dim=-1) for w in neurons(m) if w.size(-1) == neurons(m)[-1].size(-1)]  # not of biases
+        norms = [w.float().norm(dim=-1) for w in vectors(m)]
         seen, out, m.slim.seen = m.slim.seen, norms[-1], None
         by_norm = torch.stack([n.reshape(*out.shape, -1).prod(-1) for n in norms]).prod(0)
         order = torch.where(seen.sum(1, keepdim=True) > 0, seen.sqrt() * out, by_norm).argsort(1, descending=True)
@@ -355,11 +362,8 @@ def slice_experts(model, width):
     sizes = sorted({neurons(m)[-1].size(1) for m in experts_of(model).values()})
     if len(sizes) > 1:
         raise UsageError(f"the experts have several sizes, {sizes}, and {kind} one number for them")
-    numbers = model.config.get_text_config().to_dict().items()
-    names = sorted(
-        (n for n, v in numbers if n.endswith("intermediate_size") and v == sizes[0]), key=lambda n: "moe" not in n
-    )
-    for name in names:
+    names = [n for n, v in model.config.get_text_config().to_dict().items() if v == sizes[0]]
+    for name in sorted((n for n in names if n.endswith("intermediate_size")), key=lambda n: "moe" not in n):
         config = copy.deepcopy(model.config)
         text = config.get_text_config()
         setattr(text, name, to_neurons(width, sizes[0]))
@@ -389,7 +393,7 @@ def slice_experts(model, width):
 
 def neuron_flops(m):
     """Forward FLOPs of one neuron of m for one token: 2 per multiply-add."""
-    return 2 * sum(w[0, 0].numel() for w in neurons(m) if w.size(-1) == neurons(m)[-1].size(-1))
+    return 2 * sum(w[0, 0].numel() for w in vectors(m))
 
 
 @torch.no_grad()
@@ -507,8 +511,12 @@ def documents(text):
     """Yield (text, whether the document ends here, whether it is for validation), of files or a dataset."""
     dataset = next((p for p in (Path("data") / text, Path(text)) if (p / "meta.json").is_file()), None)
     if dataset is None:
-        read = lambda f: prepare.read_table(f) if f.name.endswith(prepare.TABLE) else prepare.read_text(f)
-        yield from prepare.split_documents(itertools.chain.from_iterable(map(read, prepare.find_files([text]))))
+        skipped = collections.Counter()
+        table = lambda f: prepare.read_table(f, "text", skipped)
+        texts = (
+            (table if f.name.endswith(prepare.TABLE) else prepare.read_text)(f) for f in prepare.find_files([text])
+        )
+        yield from prepare.split_documents(itertools.chain.from_iterable(texts))
         return
     *splits, name, _ = prepare.open_dataset(dataset, 1)
     tokenizer = prepare.get_tokenizer(name)
@@ -554,6 +562,7 @@ def read_windows(o, folder, config, n_tokens, is_val):
 
 @dataclass
 class Options:
+    words: tuple = option((), "sort, train, eval or slice; MODEL; and OUT, unless it is eval")
     text: str = option("", "to measure, train or evaluate on: a file, a folder, or a dataset of prepare.py")
     seq_len: int = option(512, "tokens of a sequence", least=2)
     batch_size: int = option(8, "sequences at once; recipe mose runs each twice", least=1)
@@ -691,22 +700,23 @@ def dry_run(o, config, model):
 
 COMMANDS = {  # and the options that each takes
     "sort": (run_sort, "text seq_len batch_size sort_tokens device dry_run"),
-    "train": (run_train, "text seq_len batch_size recipe steps accumulate learning_rate bias_rate sort sort_tokens seed "
-              "trainer resume dry_run"),
+    "train": (
+        run_train,
+        "text seq_len batch_size recipe steps accumulate learning_rate bias_rate sort sort_tokens seed trainer resume "
+        "dry_run",
+    ),
     "eval": (run_eval, "text seq_len batch_size width budget gamma eval_tokens device dry_run"),
-    "slice": (run_slice, "width dry_run seq_len"),
-}  # fmt: skip
+    "slice": (run_slice, "width seq_len dry_run"),
+}
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    n = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    _, o, given = parse(Options, __doc__, argv[n:])
-    command, *names = argv[:n] or [""]
+    _, o, given = parse(Options, __doc__, argv)
+    command, *names = o.words or [""]
     if command not in COMMANDS or len(names) not in ((1,) if command == "eval" else (1, 2) if o.dry_run else (2,)):
-        raise UsageError("it is adapt.py sort|train|slice MODEL OUT, or eval MODEL, and then --options: see --help")
+        raise UsageError("it is adapt.py sort|train|slice MODEL OUT, or eval MODEL, and --options: see --help")
     function, takes = COMMANDS[command]
-    if other := given - set(takes.split()):
+    if other := given - {"words", *takes.split()}:
         raise UsageError(f"{command} takes no --{min(other)}; its options: --{takes.replace(' ', ' --')}")
     out = Path(names[-1] if len(names) > 1 or Path(names[0]).is_dir() else f"out/{Path(names[0]).name}")
     if len(names) > 1 and out.exists():

@@ -16,6 +16,7 @@ import transformers
 from torch.nn import functional as F
 
 import adapt
+import prepare
 from model import GRID, FewerExperts, PerLayer, RouterWidth, UsageError
 
 COMMON = dict(
@@ -336,6 +337,22 @@ def test_evaluate():
         assert row["change"] == pytest.approx((losses - first).mean().item(), abs=1e-6)
         assert row["error"] == pytest.approx((losses - first).std(correction=0).item() / 6**0.5, abs=1e-6)
     assert rows[2]["mean_width"] == pytest.approx(0.5, abs=0.05) and rows[2]["flops_total"] < rows[0]["flops_total"]
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+
+def test_documents_of_a_dataset_are_those_that_were_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"document {i} äöü\n" * 5 for i in range(30)]
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text)
+    prepare.main(["texts", "--name=tiny"])
+    of_files, of_dataset = [sorted(d for d in adapt.documents(name) if d[0]) for name in ("texts", "tiny")]
+    assert of_files == of_dataset and sorted(d[0] for d in of_files) == sorted(texts)
+    assert sum(is_val for _, _, is_val in of_files) == 3
 
 
 # -----------------------------------------------------------------------------
