@@ -47,7 +47,6 @@ try:
     import safetensors
     import transformers
     from transformers.integrations import moe
-    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as e:
     missing = UsageError(f"{e.name} is missing: pip install -r requirements-extras.txt")
     if __name__ == "__main__":
@@ -541,7 +540,7 @@ def read_windows(o, folder, config, n_tokens, is_val):
     for text, ends, val in documents(o.text):
         if val == is_val and text:
             ids = tokenizer(text)["input_ids"]
-            ids += [end] if ends and end is not None and ids[-1] != end else []
+            ids += [end] if ends and end is not None and ids[-1:] != [end] else []
             parts.append(np.array(ids, dtype=np.int32))
             have += len(ids)
             if have >= n_tokens:
@@ -611,7 +610,8 @@ def run_slice(o, folder, config, out):
 
 def run_train(o, folder, config, out):
     work, world = out.with_name(f"{out.name}.training"), int(os.environ.get("WORLD_SIZE", 1))
-    last = get_last_checkpoint(work) if work.is_dir() else None
+    whole = [f for f in work.glob("checkpoint-*") if (f / "trainer_state.json").is_file()]  # which is written last
+    last = max(whole, key=lambda f: int(f.name.split("-")[1]), default=None)
     if o.recipe not in RECIPES:
         raise UsageError(f"--recipe must be one of {', '.join(RECIPES)}, not {o.recipe!r}")
     if bool(last) != o.resume:
@@ -629,8 +629,7 @@ def run_train(o, folder, config, out):
         raise UsageError("several GPUs need `accelerate launch adapt.py train ...`")
     windows = read_windows(o, folder, config, o.steps * o.accumulate * o.batch_size * world * o.seq_len, False)
     # the Trainer restores the rest of a checkpoint, but not experts that have other names in files than in memory
-    whole = bool(last) and any(Path(last).glob("*.safetensors"))
-    model = load(Path(last) if whole else folder, "cpu")
+    model = load(last if last and any(last.glob("*.safetensors")) else folder, "cpu")
     if o.sort and not last:
         sort_neurons(model, windows[: max(1, o.sort_tokens // o.seq_len)].split(o.batch_size))
     model.float()  # what AdamW needs; products are in bfloat16 where there is CUDA
@@ -640,9 +639,13 @@ def run_train(o, folder, config, out):
     collate = lambda rows: dict.fromkeys(("input_ids", "labels"), torch.stack([row for (row,) in rows]).long())
     data = torch.utils.data.TensorDataset(windows)
     trainer = transformers.Trainer(model, arguments, train_dataset=data, data_collator=collate)
-    widths = train_widths(model, o.recipe, o.seed, int(last.rpartition("-")[2]) if last else 0, o.bias_rate)
+    widths = train_widths(model, o.recipe, o.seed, int(last.name.split("-")[1]) if last else 0, o.bias_rate)
     try:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last and str(last))
+    except (safetensors.SafetensorError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not any(w in str(e) for w in ("inline_container", "iostream")):
+            raise  # not by torch.save
+        raise UsageError(f"{work} could not be written ({first_line(e)}): make room and --resume") from e
     finally:
         widths.remove()
     state = trainer.accelerator.get_state_dict(trainer.model)  # gathered, if FSDP has split it

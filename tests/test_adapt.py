@@ -1,8 +1,10 @@
 """adapt.py against transformers' own code, on tiny random models of eight architectures."""
 
+import contextlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -525,17 +527,33 @@ def test_refused_in_a_model():
         adapt.slice_experts(model, 0.5)
 
 
+@contextlib.contextmanager
+def files_of_at_most(n_bytes):
+    """As on a disk that is full: writing more to a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("command", [["slice", "m", "new", "--width=1"], ["sort", "m", "new"]])
 def test_a_disk_that_fills_leaves_nothing(inside, command):
     before = sorted(inside.rglob("*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(UsageError, match="new could not be written, and nothing is left"):
-            adapt.main(command)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(50_000), pytest.raises(UsageError, match="new could not be written, and nothing is left"):
+        adapt.main(command)
     assert sorted(inside.rglob("*")) == before
+
+
+@pytest.mark.parametrize("n_bytes", [50_000, 500_000])  # too little for the weights, for AdamW's moments
+def test_a_disk_that_fills_during_training(inside, n_bytes):
+    command = ["train", "m", "full", "--text=text.txt", "--steps=1", *SMALL]
+    with files_of_at_most(n_bytes), pytest.raises((UsageError, OSError)) as e:
+        adapt.main(command)
+    assert "\n" not in str(e.value) and not Path("full").exists()
+    adapt.main(command)  # with more room; nothing to resume, as no checkpoint is whole
+    shutil.rmtree("full")
 
 
 def test_a_missing_extra_is_one_line(tmp_path):
