@@ -37,6 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import prepare
+from bench import draw, write_json
 from model import GRID, RouterWidth, UsageError, check_width, compute_dtype, grouped_mm, is_policy, run_experts
 from model import width_to_neurons as to_neurons
 from prepare import option, parse, run
@@ -621,7 +622,8 @@ def run_train(o, folder, config, out):
             output_dir=str(work), max_steps=o.steps, per_device_train_batch_size=o.batch_size, seed=o.seed,
             gradient_accumulation_steps=o.accumulate, learning_rate=o.learning_rate, lr_scheduler_type="cosine",
             warmup_steps=o.steps // 20, weight_decay=0.1, logging_steps=10, save_steps=max(1, o.steps // 10),
-            save_total_limit=1, bf16=torch.cuda.is_available(), report_to="none",
+            save_total_limit=1, bf16=torch.cuda.is_available(), use_cpu=not torch.accelerator.is_available(),
+            report_to="none",
         ), **json.loads(o.trainer)})  # fmt: skip
     except (TypeError, ValueError) as e:
         raise UsageError(f"--trainer: {first_line(e)}") from e
@@ -670,23 +672,13 @@ def run_eval(o, folder, config, out):
         change = f"{r['change']:+.4f} ± {r['error']:.4f}"
         print(f"| {r['policy']} | {r['mean_width']:.3f} | {r['flops_total']:.4g} | {r['loss']:.4f} | {change} |")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps(dict(text=o.text, tokens=windows.numel(), points=rows), indent=1) + "\n")
-    draw(rows, out / "eval.png")
+    write_json(out / "eval.json", dict(text=o.text, tokens=windows.numel(), gamma=o.gamma, points=rows))
+    curve = lambda kind: zip(*sorted((r["flops_total"], r["loss"]) for r in rows if r["policy"].startswith(kind)))
+    curves = [("every expert at one width", *curve("width"))] + [("widths by the router", *curve("router"))] * bool(
+        o.budget
+    )
+    draw(out / "eval.png", [dict(curves=curves, xlabel="forward FLOPs per token", ylabel="validation nats per token")])
     print(f"{windows.numel():,} validation tokens; ± is of the paired difference. Written: {out}/eval.json, eval.png")
-
-
-def draw(rows, path):
-    """Loss over FLOPs per token, a line for uniform widths and one for the router's."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for kind, label in (("width", "every expert at one width"), ("router", "widths by the router")):
-        if points := sorted((r["flops_total"], r["loss"]) for r in rows if r["policy"].startswith(kind)):
-            axes.plot(*zip(*points), "o-", label=label)
-    axes.set(xlabel="forward FLOPs per token", ylabel="validation loss (nats per token)")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def dry_run(o, config, model):

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import adapt
+from bench import draw, write_json
 from model import FewerExperts, RouterWidth
 from prepare import open_dataset
 
@@ -158,7 +159,7 @@ def report(seeds, out):
     (full, half), worst = sliced[0]["parameters"], max(s["largest_difference"] for s in sliced)
     facts = dict(seeds=list(seeds), steps=STEPS, more=MORE, tokens_per_step=BATCH * CONTEXT, config=CONFIG)
     facts |= dict(parameters=full, sliced=dict(width=0.5, parameters=half, largest_difference=worst), rows=rows)
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), facts)
 
     base, first = rows["moe, sorted afterwards"]["flops_per_step"], rows["sorted, serve"]["points"][0]["flops_total"]
     line = lambda *cells: f"| {' | '.join(cells)} |"
@@ -179,22 +180,15 @@ def report(seeds, out):
     text[-1] += f"{worst:g} at most from those of width 0.5."
     out.with_suffix(".md").write_text("\n".join(text) + "\n")
     print(*text, sep="\n")
-    draw(rows, out.with_suffix(".png"))
-
-
-def draw(rows, path):
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (name, row) in enumerate(rows.items()):
-        uniform, router = ([p for p in row["points"] if p["policy"].startswith(k)] for k in (("0", "1"), "router"))
-        flops, loss, error = ([p[key] for p in uniform] for key in ("flops_total", "loss", "error"))
-        axes.errorbar(flops, loss, error, marker="o", capsize=2, color=f"C{i}", label=name)
-        axes.plot([p["flops_total"] for p in router], [p["loss"] for p in router], "x", color=f"C{i}")
-    axes.set(xlabel="forward FLOPs per token (dots: one width, crosses: the router's)", ylabel="nats per byte")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    curves = []
+    for name, row in rows.items():
+        points = [p for p in row["points"] if p["policy"][0] in "01"]
+        x, y, error = ([p[key] for p in points] for key in ("flops_total", "loss", "error"))
+        curves.append((name, x, y, dict(yerr=error, capsize=2)))
+    draw(
+        out.with_suffix(".png"),
+        [dict(curves=curves, xlabel="forward FLOPs per token", ylabel="validation nats per byte")],
+    )
 
 
 if __name__ == "__main__":
