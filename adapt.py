@@ -513,9 +513,8 @@ def documents(text):
     if dataset is None:
         skipped = collections.Counter()
         table = lambda f: prepare.read_table(f, "text", skipped)
-        texts = (
-            (table if f.name.endswith(prepare.TABLE) else prepare.read_text)(f) for f in prepare.find_files([text])
-        )
+        read = lambda f: (table if f.name.endswith(prepare.TABLE) else prepare.read_text)(f)
+        texts = map(read, prepare.find_files([text]))
         yield from prepare.split_documents(itertools.chain.from_iterable(texts))
         return
     *splits, name, _ = prepare.open_dataset(dataset, 1)
@@ -577,9 +576,9 @@ class Options:
     accumulate: int = option(1, "micro-batches of batch_size in a step", least=1)
     learning_rate: float = option(1e-4, "peak, after warming up for a twentieth of the steps; a cosine", least=1e-12)
     bias_rate: float = option(1e-3, "step of the biases that balance DeepSeek-V3's experts; 0 leaves them", least=0)
-    seed: int = option(0, "of the order of text, and of widths", least=0)
+    seed: int = option(0, "of the order of text, and of widths", least=0, most=2**32 - 1)
     trainer: str = option("{}", "more arguments of transformers' Trainer, as JSON")
-    resume: bool = option(False, "continue the training that was stopped, from its last checkpoint")
+    resume: bool = option(False, "the same command again, to go on from its last checkpoint")
     device: str = option("", "to sort or evaluate on; default cuda if there is one, else cpu")
     dry_run: bool = option(False, "say what it needs, from the config alone")
 
@@ -635,9 +634,8 @@ def run_train(o, folder, config, out):
     if o.sort and not last:
         sort_neurons(model, windows[: max(1, o.sort_tokens // o.seq_len)].split(o.batch_size))
     model.float()  # what AdamW needs; products are in bfloat16 where there is CUDA
-    model.config.output_router_logits = bool(
-        getattr(config, "router_aux_loss_coef", 0)
-    )  # then the model adds that loss
+    # then the model adds its balancing loss
+    model.config.output_router_logits = bool(getattr(config, "router_aux_loss_coef", 0))
     collate = lambda rows: dict.fromkeys(("input_ids", "labels"), torch.stack([row for (row,) in rows]).long())
     data = torch.utils.data.TensorDataset(windows)
     trainer = transformers.Trainer(model, arguments, train_dataset=data, data_collator=collate)
@@ -674,9 +672,8 @@ def run_eval(o, folder, config, out):
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "eval.json", dict(text=o.text, tokens=windows.numel(), gamma=o.gamma, points=rows))
     curve = lambda kind: zip(*sorted((r["flops_total"], r["loss"]) for r in rows if r["policy"].startswith(kind)))
-    curves = [("every expert at one width", *curve("width"))] + [("widths by the router", *curve("router"))] * bool(
-        o.budget
-    )
+    curves = [("every expert at one width", *curve("width")), ("widths by the router", *curve("router"))]
+    curves = curves[: 1 + bool(o.budget)]
     draw(out / "eval.png", [dict(curves=curves, xlabel="forward FLOPs per token", ylabel="validation nats per token")])
     print(f"{windows.numel():,} validation tokens; ± is of the paired difference. Written: {out}/eval.json, eval.png")
 

@@ -500,6 +500,7 @@ def test_refused_in_one_line_and_nothing_written(inside):
         ("eval m", "needs --text"),
         ("train m new", "needs --text"),
         ("train m new --text=text.txt --recipe=best", "--recipe must be one of"),
+        ("train m new --text=text.txt --seed=4294967296", "--seed must be"),
         ("train m new --text=text.txt --resume", "no checkpoint"),
         ("train m new --text=text.txt --trainer={}x", "--trainer"),
         ('train m new --text=text.txt --trainer={"lr":1}', "--trainer"),
@@ -520,6 +521,13 @@ def test_refused_in_a_model():
     experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(UsageError, match="dequantize"):
         adapt.set_width(model, 0.5)
+    model = tiny("deepseek_v3")  # as PEFT leaves it
+    shared = model.model.layers[1].mlp.shared_experts
+    shared.down_proj.__class__ = type("LoraLinear", (torch.nn.Linear,), {})
+    with pytest.raises(UsageError, match="LoraLinear in shared experts"):
+        logits(adapt.set_width(model, 0.5))
+    full = logits(adapt.set_width(model, 0.5, shared=False))
+    assert full.isfinite().all()
     model = tiny("qwen3_moe")
     second = adapt.experts_of(model)["model.layers.1.mlp.experts"]
     second.down_proj = torch.nn.Parameter(second.down_proj[:, :, :32])
