@@ -175,6 +175,15 @@ class TestSpeed:
         assert {kind for kind, _, _ in rows["training step"]} == {"moe", "serve", "mose", "dense"}
         assert Path("out/mose/speed.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_a_preset_has_its_own_sizes_and_folder(self, inside, monkeypatch):
+        monkeypatch.setitem(
+            bench.PRESETS, "small", dict(n_layer=2, n_head=2, n_embd=32, block_size=32, expert_hidden=64)
+        )
+        monkeypatch.setattr(bench, "time_in_turns", lambda cases, *_: {name: (1.0, None) for name in cases})
+        call(bench, "speed", "--preset=small", "--device=cpu")
+        report = json.loads(Path("out/small/speed.json").read_text())
+        assert report["model"] == "small" and report["config"]["n_embd"] == 32
+
     def test_flops_of_a_step_are_those_of_its_passes(self):
         c = config()
         model, cases = GPT(c), bench.train_cases(c, None, "cpu", torch.float32, False, 2)

@@ -7,11 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, call, command
+from conftest import call, command, train_tiny
 
 import bench
 import prepare
-import train
 from model import GPT, FewerExperts, GPTConfig, PerLayer, RouterWidth, UsageError
 
 pytest.importorskip("lm_eval", reason="lm_eval is in requirements-extras.txt")
@@ -437,10 +436,9 @@ class TestTasks:
             (text / f"{i}.txt").write_text("".join(lines))
         call(prepare, "text", "--name=answers")
         for recipe in ("moe", "serve"):
-            call(train, "demo", *TINY, "--dataset=answers", f"--recipe={recipe}", f"--out_dir=out/{recipe}",
-                 "--steps=400", "--n_head=4", "--n_embd=64", "--block_size=64", "--batch_size=16",
-                 "--tokens_per_step=1024", "--eval_interval=400", "--warmup_steps=20",
-                 "--learning_rate=5e-3")  # fmt: skip
+            sizes = ["--n_head=4", "--n_embd=64", "--block_size=64", "--batch_size=16", "--tokens_per_step=1024"]
+            schedule = ["--steps=400", "--eval_interval=400", "--warmup_steps=20", "--learning_rate=5e-3"]
+            train_tiny(f"out/{recipe}", "--dataset=answers", f"--recipe={recipe}", *sizes, *schedule)
         paths = [f"out/{recipe}/ckpt.pt" for recipe in ("moe", "serve")]
         results = run_tasks(*paths, "--tasks=choice", f"--include_path={path}", "--width=1,0.25")["results"]
         acc = lambda path, width: find(results, checkpoint=path, budget=width)["metrics"]["acc"]
