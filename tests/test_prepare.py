@@ -107,8 +107,11 @@ class TestSources:
             dict(content=pyarrow.array([f"row {i}" for i in range(20)]).dictionary_encode(), n=range(20))
         )
         pyarrow.parquet.write_table(table, "b.parquet")
-        call(prepare, "a.jsonl", "b.parquet", "--name=d", "--field=content")
-        assert documents("data/d") == {f"{kind} {i}" for kind in ("text", "row") for i in range(20)}
+        pyarrow.parquet.write_table(
+            pyarrow.table(dict(content=[f"bytes {i}".encode() for i in range(20)])), "c.parquet"
+        )
+        call(prepare, "a.jsonl", "b.parquet", "c.parquet", "--name=d", "--field=content")
+        assert documents("data/d") == {f"{kind} {i}" for kind in ("text", "row", "bytes") for i in range(20)}
         for path in ("a.jsonl", "b.parquet"):
             with pytest.raises(UsageError, match=r"'txt'; its fields: content, .*--field"):
                 call(prepare, path, "--field=txt")
