@@ -1,5 +1,5 @@
 """
-How well adapt.py does: a small DeepSeek-V3 made slimmable. Three seeds, about half an hour of one CPU core.
+How well adapt.py does: a small DeepSeek-V3 made slimmable. Three seeds, 22 minutes of one CPU core.
 
     python prepare.py stdlib; python study/adapt.py     # or: make study-adapt
 
