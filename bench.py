@@ -7,7 +7,7 @@ Measure: what quality costs, whether a narrower width is a shorter time, and wha
     python bench.py speed --checkpoint=out/demo/ckpt.pt --compile
     python bench.py tasks out/55m/ckpt.pt --tasks=lambada_openai,piqa --width=1,0.5,0.25 --budget=0.5 --limit=500
 
-frontier runs every checkpoint at budgets from a quarter of its experts to all of them, with each way of spending the
+frontier runs every checkpoint at budgets from 0.15 of its experts to all of them, with each way of spending the
 budget, on the same validation text: slimmed experts, fewer experts, or skipping those of low probability. Checkpoints
 of recipe moe are cut to narrower widths, which they were never trained for. It prints a table, writes frontier.json and
 frontier.png beside the first checkpoint, and beside each the widths that it learned: calibrated.json, which
@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import (
-    GPT, GRID, MLP, FewerExperts, GPTConfig, KVCache, PerLayer, RouterWidth, SlimmableMoE, Stats, UsageError,
+    GPT, GRID, MATRICES, MLP, FewerExperts, GPTConfig, KVCache, PerLayer, RouterWidth, SlimmableMoE, Stats, UsageError,
     check_width, width_to_neurons,
 )  # fmt: skip
 from prepare import get_tokenizer, open_dataset, option, parse, run
@@ -443,12 +443,12 @@ def time_in_turns(cases, device, seconds):
 
 
 def layer_cases(config, state, device, dtype, compile, n_tokens, backward):
-    """The MoE layer alone."""
+    """The MoE layer alone, with random weights."""
     d, H, k = config.n_embd, config.expert_hidden, config.top_k + config.n_shared
     x = torch.randn(n_tokens, d, device=device, dtype=dtype, requires_grad=backward)
     g, moe = torch.randn_like(x), SlimmableMoE(config).to(device)
     nn.init.normal_(moe.router.weight, std=0.02)
-    moe.w_in.data, moe.w_out.data = moe.w_in.data.to(dtype), moe.w_out.data.to(dtype)
+    to_inference(moe, device, dtype).train()
 
     def case(layer, *width):
         inputs = [x, *layer.parameters()]
@@ -464,7 +464,7 @@ def layer_cases(config, state, device, dtype, compile, n_tokens, backward):
     cases = {}
     for column in COLUMNS:
         h = width_to_neurons(nominal_width(column), H)
-        flops = n_tokens * 4 * d * k * h * (3 if backward else 1)
+        flops = n_tokens * 2 * MATRICES * d * k * h * (3 if backward else 1)
         cases["moe", column] = case(moe, column), n_tokens, flops
         cases["dense", column] = case(MLP(d, k * h).to(device, dtype)), n_tokens, flops
     return cases
@@ -881,12 +881,8 @@ def tasks(o):
         raise UsageError("which tasks? Give --tasks=lambada_openai,hellaswag, say")
     lm_class, built, groups = load_tasks([name.strip() for name in o.tasks.split(",")], o)
     file, prints = Path(o.checkpoints[0]).parent / "tasks.json", {path: fingerprint(path) for path in o.checkpoints}
-    kept, shown, full, about = (
-        read_json(file).get("results", []),
-        [],
-        None,
-        dict(lm_eval=version("lm_eval"), hardware=why),
-    )
+    about = dict(lm_eval=version("lm_eval"), hardware=why)
+    kept, shown, full = read_json(file).get("results", []), [], None
     print(f"{why}; torch {torch.__version__}; lm_eval {about['lm_eval']}")
     for name, task in built.items():
         content = [[(r.args, r.doc) for r in task.instances], task.dump_config(), about["lm_eval"]]

@@ -36,9 +36,9 @@ class UsageError(ValueError):
 #     widths(probs): the probabilities (N, k) of the selected experts -> their widths (N, k), multiples of 1 / GRID from
 #         0, which skips the expert, to 1 (off the grid if they require grad: see `calibrate` in bench.py)
 # and, if it likes,
-#     at(layer): the policy of block `layer`; without it, the policy itself is every block's
+#     at(layer): the number or policy of block `layer`; without it, the policy itself is every block's
 #     budget: the width of shared experts; without it, 1
-#     renormalize = True: the experts it leaves, of width above 0, are weighted as if they alone had been selected
+#     renormalize = True: the experts that still run are weighted as if only they had been selected
 
 GRID = 20  # widths chosen per token are multiples of 1/20, the paper's grid of 0.05: level l is width l / GRID
 
@@ -110,7 +110,7 @@ class FewerExperts:
 
 
 class PerLayer:
-    """Width policy: policies[layer] for every block."""
+    """Width policy: policies[layer], numbers or policies, for every block."""
 
     def __init__(self, policies):
         self.policies = policies
@@ -133,7 +133,7 @@ class GPTConfig:
     n_expert: int = 8  # 1 makes a plain dense GPT
     top_k: int = 2
     n_shared: int = 0  # experts that every token visits besides its top_k
-    expert_hidden: int | None = None  # neurons of one expert; None means 4 * n_embd
+    expert_hidden: int | None = None  # neurons of one expert, None means 4 * n_embd; in a dense GPT, of those blocks
     moe_every: int = 2  # blocks 0, moe_every, 2 * moe_every, ... hold experts, the others a dense MLP
     dropout: float = 0.0
     balance_coef: float = 0.01  # weight of the load-balancing loss
@@ -176,7 +176,7 @@ def gelu_mlp(rows, ends, keep, w_in, w_out):
     """The expert itself: the one place to change it. Row j of each matrix belongs to neuron j.
 
     rows, ends: (n, d) grouped by expert, see `grouped_mm`; in dense blocks ends is None
-    keep: (n, h), what each neuron of each row counts; None if all count 1
+    keep: (n, h), a factor from 0 to 1 for each neuron of each row; None if all are 1
     w_in, w_out: (E, h, d), cut to the h neurons that run; (h, d) in dense blocks
     """
     a = F.gelu(grouped_mm(rows, w_in.mT, ends))  # (n, h)
@@ -197,9 +197,10 @@ def grouped_mm(a, b, ends):
 def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
     """Take tokens x (N, d) through their experts (N, k) and add up the outputs times weight (N, k). Returns (N, d).
 
-    width: the neurons that every slot runs, an int; or a width for each slot, (N, k), see the head of `Widths`
+    width: the neurons that every slot runs, an int; or the width of each slot, (N, k), as a policy gives them
     mlp, matrices: the expert, as gelu_mlp; and its matrices (E, H, d), of which row j belongs to neuron j, so that a
         width is a prefix of the rows of all of them
+    stats: a Stats, to which the neurons that run are added
     """
     E, H = matrices[0].shape[:2]
     chunk, sizes, neurons, mixed = 0, [expert.numel()], [width], [False]  # one width for all: one chunk
@@ -207,12 +208,12 @@ def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
     if not isinstance(width, int):
         table, joins = level_table(H, x.device)
         level, neurons, mixed = width.float() * GRID, [H], [True]
-        if not width.requires_grad:  # or all neurons run, and fade in
-            level = level.round().nan_to_num()  # a NaN shows in the loss, not here
+        if not width.requires_grad:  # while widths are learned all neurons run, faded
+            level = level.round().nan_to_num()  # of NaN probabilities: the loss will show them
             chunk, sizes, levels, mixed = plan_chunks(level)
             neurons = [table[l] for l in levels]
     if stats is not None:
-        used = sizes[0] * width if level is None else joins.new_tensor(table)[level.long()].sum().long()
+        used = sizes[0] * width if level is None else torch.tensor(table, device=x.device)[level.long()].sum()
         stats.used += used
         stats.ran += sum(size * h for size, h in zip(sizes, neurons))
     matrices = [w[:, : neurons[-1]].to(x.dtype) for w in matrices]  # the last chunk is the widest
@@ -221,7 +222,7 @@ def run_experts(x, expert, weight, width, mlp, matrices, stats=None):
         h, keep = neurons[c], None
         if h == 0:  # skipped slots
             return torch.zeros_like(rows)
-        if mixed[c]:  # a slot's own neurons; the block between two levels fades in linearly
+        if mixed[c]:  # 1 for a slot's own neurons, 0 beyond; between two levels a fraction
             keep = (level.view(-1, 1)[slot] - joins[:h]).clamp_(0, 1).to(x.dtype)
         return mlp(rows, ends, keep, *(w[:, :h] for w in matrices))
 
@@ -261,15 +262,17 @@ def dispatch(x, expert, weight, n_expert, chunk, sizes, run):
     return torch.bmm(weight.unsqueeze(1), ys).squeeze(1)  # (N, 1, k) @ (N, k, d)
 
 
-MAX_CHUNKS = 6  # router widths at budget 0.5 take 1.2 to 1.3 times as long as uniform 0.5; with a chunk per width, 1.8
+# about the most products for one matrix. Router widths at budget 0.5 take 1.2 to 1.3 times as long as uniform 0.5 so;
+# with a chunk for every width, 1.8
+MAX_CHUNKS = 6
 
 
 def plan_chunks(level):
     """Decide which slots run together, from their width levels (N, k), whole numbers from 0 to GRID.
 
     A chunk's product for one expert is slow when it has few rows. So scarce levels wait for the next wider ones until
-    1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; what the others run too
-    much is zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all of them are one chunk at level 9.
+    1/MAX_CHUNKS of the slots are together, and the chunk runs at the widest of its levels; the neurons beyond a slot's
+    own width are zeroed. If 2% of the slots have level 3, 5% level 4 and 30% level 9, all are one chunk at level 9.
     Chunk 0 is level 0: the skipped slots.
     Returns the chunk of each slot (N, k), and of every chunk its number of slots, its level, ascending, and whether it
     holds narrower slots too.
@@ -296,7 +299,9 @@ class Stats:
 
     def __init__(self, config, device="cpu"):
         self.config, self.tokens = config, 0
-        self.load = torch.zeros(config.n_layer, config.n_expert, dtype=torch.int64, device=device)  # slots of experts
+        self.load = torch.zeros(
+            config.n_layer, config.n_expert, dtype=torch.int64, device=device
+        )  # slots sent to each expert
         self.used = torch.zeros((), dtype=torch.int64, device=device)  # neurons that the widths asked for
         self.ran = torch.zeros((), dtype=torch.int64, device=device)  # and that ran: scarce widths run with wider ones
 
@@ -318,7 +323,7 @@ class SlimmableMoE(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.register_buffer("bias", torch.zeros(config.n_expert), persistent=config.bias_rate > 0)  # see train.py
+        self.register_buffer("bias", torch.zeros(config.n_expert), persistent=config.bias_rate > 0)  # set by train.py
         stack = (config.n_expert + config.n_shared, config.expert_hidden, config.n_embd)  # shared experts come last
         self.w_in = nn.Parameter(0.02 * torch.randn(stack))  # row j is the input vector of neuron j ...
         self.w_out = nn.Parameter(0.02 * torch.randn(stack))  # ... and its output vector: a width is a prefix of both
@@ -354,6 +359,9 @@ class SlimmableMoE(nn.Module):
         weight, policy = probs.gather(-1, expert), None  # (N, k)
         if not isinstance(width, int):
             policy = width.at(self.layer) if hasattr(width, "at") else width
+            if not is_policy(policy):
+                policy, width = None, width_to_neurons(policy, c.expert_hidden)
+        if policy is not None:
             width = policy.widths(weight.detach())  # (N, k)
             if width.shape != weight.shape:
                 raise UsageError(f"{type(policy).__name__}.widths gave {tuple(width.shape)} for {tuple(weight.shape)}")
@@ -588,7 +596,7 @@ class GPT(nn.Module):
                 if top_k is not None:
                     top = logits.topk(min(top_k, logits.size(-1)))  # by index: in bfloat16 many are equal
                     logits = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values)
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                new = torch.multinomial((logits / max(temperature, 1e-5)).softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, new], dim=1)[:, -self.config.block_size :]
             yield new
 

@@ -95,6 +95,7 @@ def main():
                 n_vocab=checkpoint["vocab_size"], generator=generator, stats=stats,
             ):  # fmt: skip
                 print(text.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+            print(text.decode(b"", final=True), end="")
             speed = o.num_tokens / (time.perf_counter() - started)
             ran = f", mean width {stats.mean_width(stats.used).item():.3f}" if model.config.n_expert > 1 else ""
             print(f"\n--- {speed:.1f} tokens/s{ran}\n")

@@ -441,6 +441,13 @@ class TestGPT:
             assert used <= ran + 1e-6 and ran < used + 0.1, "what ran and was discarded counts as run"
             assert stats.load.sum(1).tolist() == [64 * c.top_k * b.moe for b in model.transformer.h]
 
+    def test_numbers_per_layer_are_those_numbers(self):
+        model, idx = GPT(config(moe_every=1)).eval(), torch.randint(0, 64, (2, 32))
+        assert torch.equal(model(idx, width=PerLayer([0.5, 0.5]))[0], model(idx, width=0.5)[0])
+        stats = Stats(model.config)
+        model(idx, width=PerLayer([0.25, 0.75]), stats=stats)
+        assert stats.mean_width(stats.ran) == 0.5
+
     def test_stats_add_up_and_change_nothing(self):
         model, idx = GPT(config(n_shared=1)), torch.randint(0, 64, (2, 32))
         one, two, width = Stats(model.config), Stats(model.config), PerLayer([RouterWidth(0.25, 2.0), None])

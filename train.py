@@ -115,7 +115,7 @@ def parse_options(argv=None):
 
 
 def check_options(o):
-    """What one option alone cannot say. Refuse what cannot work before anything is spent or written."""
+    """Refuse what cannot work together, before anything is spent or written."""
     if o.recipe not in RECIPES:
         raise UsageError(f"--recipe must be one of {', '.join(RECIPES)}, not {o.recipe!r}")
     if o.recipe != "moe" and o.n_expert == 1:
@@ -426,7 +426,7 @@ def accumulate(o, model, data, step, micros, device, dtype, stats):
     """
     losses = {True: [], False: []}  # at full width, at others
     for micro in micros:
-        rng = np.random.default_rng([o.seed, step, micro + 1])  # [seed, step] is the batch's, and so is [..., 0]
+        rng = np.random.default_rng([o.seed, step, micro + 1])  # + 1: to NumPy [..., 0] is [seed, step], the batch's
         batch = data.random_batch(o.seed, step, micro * o.batch_size, o.batch_size)
         batch = (t.pin_memory() if device.startswith("cuda") else t for t in batch)
         idx, targets = (t.to(device, non_blocking=True) for t in batch)
@@ -463,12 +463,12 @@ def take_step(o, model, parallel, optimizer, data, state, micros, device, dtype,
     if o.bias_rate:
         balance_by_bias(model, all_sum(stats.load).float(), o.bias_rate)
     state.step += 1
-    state.flops += 3 * stats.tokens * world * model.flops_per_token(width if o.n_expert > 1 else 1.0)[0]
+    state.flops += 3 * stats.tokens * world * model.flops_per_token(width)[0]
     return full, narrow, norm, stopping > 0
 
 
 def not_finite(model, full, narrow, norm):
-    """What to tell who trains a model whose step had these numbers: where it begins, what helps."""
+    """The message for a step that gave these numbers: where it begins, what helps."""
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     return (
         f"loss {full:g} at full width, {narrow:g} at others, gradient norm {norm:g}; first gradients that are not "
@@ -585,7 +585,7 @@ def train(preset, o, given):
         if checkpoint["options"]["eval_tokens"] != o.eval_tokens:
             state.best = math.inf  # of another text
         checkpoint = None  # as large as the model and its optimizer
-    run = (model, o, state, identity)
+    what = (model, o, state, identity)
     if o.compile:
         model.body = torch.compile(model.body)
     parallel = DistributedDataParallel(model) if world > 1 else model
@@ -593,7 +593,8 @@ def train(preset, o, given):
     val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
     val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
     widths, served = eval_widths(o)
-    log = Log(out / "log.jsonl", state.step or -1) if is_main() else lambda **entry: None
+    blocks = [layer for layer in range(o.n_layer) if config.is_moe(layer)]
+    log = Log(out / "log.jsonl", max(state.step or -1, state.evaluated)) if is_main() else lambda **entry: None
 
     with Stop() as stop:
         stop.say(describe(o, preset, model, why, world))
@@ -603,9 +604,9 @@ def train(preset, o, given):
             finished = ", the last one: raise --steps to go on" if state.step >= o.steps else ""
             stop.say(f"resuming after step {state.step}{finished}")
         else:
-            save(last, *run, optimizer)  # from here on --resume works, whatever happens
+            save(last, *what, optimizer)  # from here on --resume works, whatever happens
         began, first, uneven = time.perf_counter(), state.step, {}
-        while True:  # steps + 1 turns: each but the last takes a step after what is to be done before it
+        while True:  # each turn evaluates and saves if that is due, then takes a step; the last takes none
             final = state.step >= o.steps
             if (final or state.step % o.eval_interval == 0) and state.evaluated != state.step:
                 started = time.perf_counter()
@@ -615,15 +616,15 @@ def train(preset, o, given):
                 log(step=state.step, val_loss=losses, busiest=[n.max().item() for n in load],
                     idlest=[n.min().item() for n in load], eval_seconds=time.perf_counter() - started)  # fmt: skip
                 if improved:
-                    save(out / "ckpt.pt", *run)
-                save(last, *run, optimizer)
+                    save(out / "ckpt.pt", *what)
+                save(last, *what, optimizer)
                 shown = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
                 stop.say(f"eval {state.step}/{o.steps} | {shown}" + (" | best" if improved else ""))
                 before, uneven = uneven, collapsing(load, o) if state.step > o.warmup_steps else {}
                 for i in sorted(before.keys() & uneven.keys()):  # once can be chance
                     stop.say(
-                        f"warning: one expert of MoE layer {i} gets {uneven[i]:.1f} times its fair share: the router "
-                        "is collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001"
+                        f"warning: one expert of MoE layer {blocks[i]} gets {uneven[i]:.1f} times its fair share: the "
+                        "router is collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001"
                     )
             if final:
                 break
@@ -634,14 +635,15 @@ def train(preset, o, given):
             )
             failed = not math.isfinite(full + narrow + norm)
             if failed or stopping:  # before anything is printed
-                save(last, *run, optimizer)
+                save(last, *what, optimizer)
                 all_sum(torch.zeros(1))  # who leaves first would have torchrun kill the one who saves
             if failed:
                 reason = not_finite(model, full, narrow, norm)
                 raise UsageError(f"step {state.step + 1}: {reason}. Stopped before the update, saved {last}")
             speed = o.tokens_per_step / (time.perf_counter() - started)
-            losses = dict(loss_full=full) if o.recipe == "moe" else dict(loss_full=full, loss_narrow=narrow)
-            losses = {name: loss for name, loss in losses.items() if loss}  # a recipe may have no such pass
+            losses = {
+                name: l for name, l in (("loss_full", full), ("loss_narrow", narrow)) if l
+            }  # a pass of its kind ran
             log(step=state.step, **losses, grad_norm=norm, lr=learning_rate(state.step - 1, o), tokens_per_s=speed,
                 flops=state.flops)  # fmt: skip
             if state.step % o.log_interval == 0 or state.step == o.steps:

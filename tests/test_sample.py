@@ -45,3 +45,6 @@ class TestSample:
             ids = torch.cat([ids, model(ids, width=0.5)[0][:, -1, :257].argmax(-1, keepdim=True)], 1)
         expected = bytes(ids[0, 1:].tolist()).decode(errors="replace")
         assert expected in text("--width=0.5", "--temperature=0", "--num_tokens=20")[0]
+
+    def test_a_tiny_temperature_is_none(self, text):
+        assert text("--temperature=1e-40") == text("--temperature=0")

@@ -274,6 +274,16 @@ class TestResume:
         call(train, "demo", "--resume", f"--out_dir={tmp_path}/x", "--steps=5")
         assert torch.load(tmp_path / "x/ckpt.pt", weights_only=True)["step"] == 3
 
+    def test_a_run_killed_after_its_first_evaluation_keeps_it_in_the_log(self, inside, tmp_path, monkeypatch):
+        def killed(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "take_step", killed)
+            train_tiny(tmp_path / "x", "--steps=3")
+        call(train, "--resume", "demo", f"--out_dir={tmp_path}/x")  # options may come first
+        assert [line["step"] for line in read_log(tmp_path / "x") if "val_loss" in line] == [0, 3]
+
     def test_data_may_move_but_not_change(self, inside, tmp_path):
         shutil.copytree("data/tiny", tmp_path / "a")
         train_tiny(tmp_path / "x", f"--dataset={tmp_path}/a", "--steps=3")
