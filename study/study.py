@@ -45,12 +45,14 @@ ROWS = {  # name: (seeds, options of train.py)
     "narrow quarter" + MORE: (3, dict(recipe="moe", train_width=0.25, steps=4694)),
     "mose": (3, dict(recipe="mose")),
     "serve": (3, dict(recipe="serve")),
-    "serve" + MORE: (3, dict(recipe="serve", steps=3370)),
+    "serve" + MORE: (3, dict(recipe="serve", steps=3675)),
+    "mose" + MORE: (1, dict(recipe="mose", steps=1860)),
     "m-moe": (1, dict(recipe="m-moe")),
+    "m-moe" + MORE: (1, dict(recipe="m-moe", steps=3960)),
     "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=256)),
     "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
-    "serve, fine-grained": (1, dict(recipe="serve", **FINE)),
-    "m-moe, fine-grained": (1, dict(recipe="m-moe", **FINE)),
+    "serve, fine-grained": (1, dict(recipe="serve", steps=3620, **FINE)),  # for equal FLOPs
+    "m-moe, fine-grained": (1, dict(recipe="m-moe", steps=3830, **FINE)),
 }
 LABELS = {
     "serve": "serve, ours", "mose": "mose, the paper's recipe", "m-moe": "m-moe: fewer experts",
@@ -72,7 +74,7 @@ DIFFERENCES = (  # text, then a row, its share, and a row, its share and its pol
     ("serve minus mose, full width, equal text", "serve", 1.0, "mose"),
     ("serve minus mose, half", "serve", 0.5, "mose", 0.5),
     ("serve minus mose, a quarter", "serve", 0.25, "mose", 0.25),
-    ("fine-grained: serve minus m-moe, full width, equal training FLOPs", "serve, fine-grained", 1.0, "m-moe, fine-grained"),
+    ("fine-grained: serve minus m-moe, full width, equal FLOPs", "serve, fine-grained", 1.0, "m-moe, fine-grained"),
     ("fine-grained: serve minus m-moe, half", "serve, fine-grained", 0.5, "m-moe, fine-grained", 0.5),
     ("fine-grained: serve minus m-moe, a quarter", "serve, fine-grained", 0.25, "m-moe, fine-grained", 0.25),
 )
@@ -195,7 +197,7 @@ def report(runs):
         "Validation loss in nats per byte where that share of the experts' FLOPs ran (linear between measured points),",
         "at the best policy; mean and standard error over seeds. Training FLOPs as multiples of moe's, which are "
         f"{base:.3g}.",
-        f"{first['hardware']}; torch {first['torch']}; {first['eval_tokens']:,} validation bytes, spread over the split.",
+        f"{first['hardware']}; torch {first['torch']}; {first['eval_tokens']:,} validation bytes, evenly spread.",
         f"Text: {first['data'][0][0]:,} training and {first['data'][1][0]:,} validation bytes, "
         f"CRC-32 of the first megabyte of each {first['data'][0][1][0]:08x} and {first['data'][1][1][0]:08x}.",
         "",
@@ -255,10 +257,9 @@ def plot(rows, base):
         ax.plot(*zip(*curve, strict=True), "k--", marker="o", label="standard MoEs, one trained for each width")
         limit = max(loss for _, loss in curve) + 0.1
         for i, (row, label) in enumerate(LABELS.items()):
-            group = rows.get(row + more) or rows.get(row)
-            curve = [(mflops(group, share), mean_loss(group, share)) for share in (1, 0.75, 0.5, 0.375, 0.25)] if group else []
-            curve = [(x, loss) for x, loss in curve if loss < limit]
-            if curve:
+            group = rows.get(row + more if row != "moe" else row)
+            curve = [(mflops(group, s), mean_loss(group, s)) for s in (1, 0.75, 0.5, 0.375, 0.25)] if group else []
+            if curve := [(x, loss) for x, loss in curve if loss < limit]:
                 ax.plot(*zip(*curve, strict=True), marker=MARKERS[i], color=COLORS[i], label=label)
         ax.set_title(f"One training, every budget: {title}")
     axes[0].set_ylabel("validation loss (nats per byte), best policy")
@@ -281,8 +282,8 @@ def plot(rows, base):
     fig, ax = plt.subplots(figsize=(7, 5), dpi=130)
     for i, row in enumerate(LABELS):
         for name in (row, row + MORE):
-            x, y = [mean_loss(rows.get(name, [dict(points=[{}])]), share) for share in (1.0, 0.25)] if name in rows else (0, 9)
-            if y < mean_loss(rows["moe"], 1.0) + 0.35:
+            x, y = [mean_loss(rows[name], share) if name in rows else math.nan for share in (1.0, 0.25)]
+            if y < mean_loss(rows["moe"], 1.0) + 0.35:  # not models cut to a width they were not trained for
                 ax.plot(x, y, MARKERS[i], color=COLORS[i], markerfacecolor="none" if name != row else None, label=name)
                 ax.annotate(f" {rows[name][0]['flops'] / base:.2f}x", (x, y))
     for more, style in (("", "-"), (MORE, ":")):
