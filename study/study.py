@@ -107,7 +107,8 @@ def run_row(row, seed, options, threads):
     measured, keep = json.loads(frontier.read_text()), ("policy", "budget", "loss", "flops_total", "flops_expert")
     points = [{key: point[key] for key in keep} for point in measured["points"]]
     where = dict(hardware=measured["hardware"], torch=measured["torch"], eval_tokens=measured["tokens"])
-    text = dict(data=load_checkpoint(last, ("data",))["data"])
+    source = json.loads(Path("data/stdlib/meta.json").read_text())["source"]
+    text = dict(source=source, data=load_checkpoint(last, ("data",))["data"])
     return dict(row=row, seed=seed, options=options, flops=steps[-1]["flops"], **where, **text, points=points)
 
 
@@ -198,7 +199,7 @@ def report(runs):
         "at the best policy; mean and standard error over seeds. Training FLOPs as multiples of moe's, which are "
         f"{base:.3g}.",
         f"{first['hardware']}; torch {first['torch']}; {first['eval_tokens']:,} validation bytes, evenly spread.",
-        f"Text: {first['data'][0][0]:,} training and {first['data'][1][0]:,} validation bytes, "
+        f"Text: {first['source']}, {first['data'][0][0]:,} training and {first['data'][1][0]:,} validation bytes; "
         f"CRC-32 of the first megabyte of each {first['data'][0][1][0]:08x} and {first['data'][1][1][0]:08x}.",
         "",
         *table(["training", "seeds", "bytes", "FLOPs", "full", "three quarters", "half", "a quarter"], body),
