@@ -3,7 +3,7 @@ The study: what one training buys at every width, against standard MoEs and othe
 
     python study/study.py                              # all rows, two trainings at a time; goes on where it was stopped
     python study/study.py --rows="moe;narrow quarter"  # only these
-    python study/study.py --report                     # train nothing: tables and pictures from study/study.json
+    python study/study.py --report                     # train nothing: tables and pictures of what is done
 
 Trains every row of ROWS with train.py, seed by seed, into out/study/ROW-SEED, measures it with `bench.py frontier` and
 writes study.json, study.md, study.png, training.png and tradeoff.png beside this file.
@@ -46,7 +46,7 @@ ROWS = {  # name: (seeds, options of train.py)
     "mose": (3, dict(recipe="mose")),
     "serve": (3, dict(recipe="serve")),
     "serve" + MORE: (3, dict(recipe="serve", steps=3675)),
-    "mose" + MORE: (1, dict(recipe="mose", steps=1860)),
+    "mose" + MORE: (1, dict(recipe="mose", steps=1705)),
     "m-moe": (1, dict(recipe="m-moe")),
     "m-moe" + MORE: (1, dict(recipe="m-moe", steps=3960)),
     "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=256)),
@@ -71,9 +71,9 @@ DIFFERENCES = (  # text, then a row, its share, and a row, its share and its pol
     ("serve at a quarter minus an MoE trained at a quarter, equal text", "serve", 0.25, "narrow quarter"),
     ("mose at a quarter minus the same", "mose", 0.25, "narrow quarter"),
     ("serve at a quarter minus the same, equal training FLOPs", "serve" + MORE, 0.25, "narrow quarter" + MORE),
-    ("serve minus mose, full width, equal text", "serve", 1.0, "mose"),
-    ("serve minus mose, half", "serve", 0.5, "mose", 0.5),
-    ("serve minus mose, a quarter", "serve", 0.25, "mose", 0.25),
+    ("serve for moe's training FLOPs minus mose for 1.76 times as many, full width", "serve" + MORE, 1.0, "mose"),
+    ("the same at half", "serve" + MORE, 0.5, "mose", 0.5),
+    ("the same at a quarter", "serve" + MORE, 0.25, "mose", 0.25),
     ("fine-grained: serve minus m-moe, full width, equal FLOPs", "serve, fine-grained", 1.0, "m-moe, fine-grained"),
     ("fine-grained: serve minus m-moe, half", "serve, fine-grained", 0.5, "m-moe, fine-grained", 0.5),
     ("fine-grained: serve minus m-moe, a quarter", "serve, fine-grained", 0.25, "m-moe, fine-grained", 0.25),
@@ -84,9 +84,15 @@ SEED, EVAL_TOKENS = 1337, 131072
 # Training and measuring
 
 
-def run_row(row, seed, options, threads):
-    """Train one row with one seed and measure its frontier, going on where an earlier call was stopped."""
-    folder = Path("out/study") / f"{row.replace(',', '').replace(' ', '-')}-{seed}"
+def folder_of(row, seed):
+    return Path("out/study") / f"{row.replace(',', '').replace(' ', '-')}-{seed}"
+
+
+def run_row(row, seed):
+    """Train one row with one seed and measure its frontier, going on where an earlier call was stopped. Returns what
+    study.json keeps of it.
+    """
+    options, folder = {**SCALE, **ROWS[row][1]}, folder_of(row, seed)
     folder.mkdir(parents=True, exist_ok=True)
     last, frontier = folder / "last.pt", folder / "frontier.json"
     if frontier.exists():
@@ -101,7 +107,7 @@ def run_row(row, seed, options, threads):
                 ["bench.py", "frontier", str(last), f"--eval_tokens={EVAL_TOKENS}"],
             ):
                 command = [sys.executable, str(HERE.parent / command[0]), *command[1:]]
-                env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                env = {**os.environ, "OMP_NUM_THREADS": "1"}  # more do not pay for so small a model
                 subprocess.run(command, check=True, stdout=output, stderr=output, env=env)
     steps = [entry for entry in map(json.loads, open(folder / "log.jsonl")) if "flops" in entry]
     measured, keep = json.loads(frontier.read_text()), ("policy", "budget", "loss", "flops_total", "flops_expert")
@@ -121,10 +127,10 @@ def study(o):
     runs = json.loads(file.read_text()) if file.exists() else []
     done = {(r["row"], r["seed"]): r for r in runs if r["row"] in ROWS}
     tasks = [(row, SEED + i) for i in range(3) for row in rows if i < ROWS[row][0]]
-    pool, threads = ThreadPoolExecutor(o.jobs), max(1, os.cpu_count() // o.jobs)
-    futures = {} if o.report else {
-        pool.submit(run_row, row, seed, {**SCALE, **ROWS[row][1]}, threads): (row, seed) for row, seed in tasks
-    }  # fmt: skip
+    if o.report:
+        tasks = [task for task in tasks if (folder_of(*task) / "frontier.json").exists()]
+    pool = ThreadPoolExecutor(o.jobs)
+    futures = {pool.submit(run_row, *task): task for task in tasks}
     try:
         for i, future in enumerate(as_completed(futures), 1):
             done[futures[future]] = future.result()
@@ -167,7 +173,8 @@ def mean_and_error(values, sign=""):
 
 
 def table(head, rows):
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+    rows = [head, ["---"] * len(head), *(cells + [""] * (len(head) - len(cells)) for cells in rows)]
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in rows] + [""]
 
 
 def differences(rows, row, share, other, other_share=1.0, policy=None):
@@ -188,7 +195,7 @@ def report(runs):
         options = {**SCALE, **group[0]["options"]}
         tokens = options["steps"] * options["tokens_per_step"]
         cells = [row, len(group), f"{tokens / 1e6:.1f}M", f"{group[0]['flops'] / base:.2f}"]
-        for share in SHARES:
+        for share in SHARES if not row.startswith("narrow") else (1.0,):  # all of a narrow model is a share already
             found = [best_at(run, share) for run in group]
             cells.append("" if None in found else mean_and_error([loss for loss, _ in found]))
             if share < 1 and cells[-1]:
@@ -220,8 +227,8 @@ def report(runs):
 # Pictures
 
 # Okabe and Ito: told apart by everybody
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "osD^vP*"
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000"]
+MARKERS = "sD^vPo"
 
 
 def mean_loss(group, share):
@@ -238,6 +245,7 @@ def mflops(group, share):
 def finish(fig, axes, name, **labels):
     for ax in axes:
         ax.set(**labels)
+        ax.margins(0.1)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     fig.tight_layout()
@@ -269,11 +277,11 @@ def plot(rows, base):
     # loss against training FLOPs
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), dpi=130)
     for ax, share, narrow in zip(axes, (1.0, 0.5, 0.25), ("moe", "narrow half", "narrow quarter"), strict=True):
-        for i, row in enumerate([narrow, *LABELS]):
+        for i, row in enumerate([*LABELS, narrow]):
             groups = [rows[name] for name in (row, row + MORE) if name in rows]
             curve = [(g[0]["flops"] / base, mean_loss(g, 1.0 if row == narrow else share)) for g in groups]
             curve = [(x, loss) for x, loss in curve if loss < mean_loss(rows["moe"], 1.0) + 0.35]
-            if curve and (i == 0 or row != narrow):
+            if curve and not (row == "moe" and i < len(LABELS) and share == 1):  # which is the narrow of width 1
                 ax.plot(*zip(*curve, strict=True), marker=MARKERS[i], color=COLORS[i], label=row)
         ax.set_title("full width" if share == 1 else f"{share:g} of the experts' FLOPs")
     axes[0].set_ylabel("validation loss (nats per byte)")
@@ -302,7 +310,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--rows", help="only these, with semicolons between; default all")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time; default 2")
-    parser.add_argument("--report", action="store_true", help="train nothing, write tables and pictures again")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and pictures of what is done")
     study(parser.parse_args())
 
 
