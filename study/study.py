@@ -67,6 +67,8 @@ DIFFERENCES = (  # text, then a row, its share, and a row, its share and its pol
     ("mose minus moe, full width, equal text", "mose", 1.0, "moe"),
     ("serve at half minus moe at full width, equal training FLOPs", "serve" + MORE, 0.5, "moe"),
     ("serve at half minus one expert of moe's two, equal text", "serve", 0.5, "moe", 0.5, "fewer experts"),
+    ("the same, equal training FLOPs", "serve" + MORE, 0.5, "moe", 0.5, "fewer experts"),
+    ("serve at three quarters minus moe skipping, equal training FLOPs", "serve" + MORE, 0.75, "moe", 0.75, "skip"),
     ("serve at half minus an MoE trained at half, equal training FLOPs", "serve" + MORE, 0.5, "narrow half" + MORE),
     ("serve at a quarter minus an MoE trained at a quarter, equal text", "serve", 0.25, "narrow quarter"),
     ("mose at a quarter minus the same", "mose", 0.25, "narrow quarter"),
