@@ -124,11 +124,15 @@ def study(o):
     rows = o.rows.split(";") if o.rows else list(ROWS)
     if unknown := [row for row in rows if row not in ROWS]:
         raise UsageError(f"no row {unknown[0]!r} in the study; there are: {'; '.join(ROWS)}")
+    if o.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, not {o.jobs}")
     open_dataset("stdlib", 128)  # refuse before anything is spent
     file = HERE / "study.json"
     runs = json.loads(file.read_text()) if file.exists() else []
     done = {(r["row"], r["seed"]): r for r in runs if r["row"] in ROWS}
     tasks = [(row, SEED + i) for i in range(3) for row in rows if i < ROWS[row][0]]
+    if "moe" not in rows and not any(row == "moe" for row, _ in done):
+        raise UsageError("all rows are compared with moe: add it to --rows")
     if o.report:
         tasks = [task for task in tasks if (folder_of(*task) / "frontier.json").exists()]
     pool = ThreadPoolExecutor(o.jobs)
@@ -137,7 +141,9 @@ def study(o):
         for i, future in enumerate(as_completed(futures), 1):
             done[futures[future]] = future.result()
             runs = sorted(done.values(), key=lambda r: (list(ROWS).index(r["row"]), r["seed"]))
-            file.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+            temporary.replace(file)
             print(f"{i} of {len(tasks)}: {futures[future][0]}, seed {futures[future][1]}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C or a failure, start no other row
