@@ -320,8 +320,20 @@ def resumed(preset, o, given):
     return TrainConfig(**{**saved, **{name: getattr(o, name) for name in given}, "out_dir": o.out_dir}), checkpoint
 
 
+def check_same(checkpoint, identity, o):
+    """Refuse to go on with other data (in the same place, or another) or another model."""
+    if checkpoint["data"] != identity["data"]:
+        raise UsageError(f"the data in {o.dataset} is not what {o.out_dir} was trained on: it has changed since")
+    if checkpoint["config"] != identity["config"]:
+        raise UsageError(f"the run in {o.out_dir} was made by another version of model.py: its config has other fields")
+
+
+def modified(path):
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def lock_folder(folder):
-    """Keep other runs out of the folder for as long as this process lives, however it ends."""
+    """Keep other runs out of the folder for as long as the returned file is open, however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a")
     try:
@@ -529,10 +541,17 @@ def evaluate(model, batches, widths, device, dtype):
     return losses, load / load.mean(1, keepdim=True)
 
 
-def collapsing(load, o):
-    """The MoE blocks of load (see `evaluate`) one of whose experts gets far too much."""
+def warn_of_collapse(say, o, step, load, before):
+    """Name the blocks one of whose experts gets far too much, if it did `before`, at the last evaluation, too: once can
+    be chance. load: see `evaluate`. Returns {MoE block: how much} of now."""
     limit = min(3.0, 1 + 0.9 * (o.n_expert / o.top_k - 1))  # n_expert / top_k is the most
-    return {i: most for i, most in enumerate(load.amax(1).tolist()) if most > limit} if len(load) else {}
+    now = {i: l.max().item() for i, l in enumerate(load) if l.max() > limit and step > o.warmup_steps}
+    for i in sorted(before.keys() & now.keys()):
+        say(
+            f"warning: one expert of MoE layer {i * o.moe_every} gets {now[i]:.1f} times its fair share: the router is "
+            "collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001"
+        )
+    return now
 
 
 def describe(o, preset, model, why, world):
@@ -555,7 +574,7 @@ def train(preset, o, given):
     out, last = Path(o.out_dir), Path(o.out_dir) / "last.pt"
     if not o.resume and (last.exists() or (out / "ckpt.pt").exists()):
         raise UsageError(f"{out} already holds a run: add --resume to continue it, or choose another --out_dir")
-    written = last.stat().st_mtime_ns if last.exists() else None
+    written = modified(last)
     o, checkpoint = resumed(preset, o, given) if o.resume else (o, None)
     check_options(o)
     device, dtype, why = choose_device(o.device, o.dtype, o.n_embd)
@@ -563,15 +582,13 @@ def train(preset, o, given):
     config = make_config(o, vocab_size)
     identity = dict(config=asdict(config), tokenizer=tokenizer, vocab_size=vocab_size, recipe=o.recipe, preset=preset)
     identity["data"] = [train_data.fingerprint(), val_data.fingerprint(), tokenizer]
-    if checkpoint and checkpoint["data"] != identity["data"]:
-        raise UsageError(f"the data in {o.dataset} is not what the run in {out} was trained on: it has changed since")
-    if checkpoint and checkpoint["config"] != identity["config"]:
-        raise UsageError(f"the run in {out} was made by another version of model.py: its config has other fields")
+    if checkpoint:
+        check_same(checkpoint, identity, o)
     rank, world, device = join_processes(device)
     check_processes(o, world, identity["data"])
     if is_main():
-        lock = lock_folder(out)  # noqa: F841, held until the process ends
-        if written != (last.stat().st_mtime_ns if last.exists() else None):
+        lock = lock_folder(out)  # noqa: F841, held until the run ends
+        if written != modified(last):
             raise UsageError(f"another run has just written {last}: try again")
 
     torch.manual_seed(o.seed)
@@ -593,7 +610,6 @@ def train(preset, o, given):
     val_batches = val_data.fixed_batches(o.eval_tokens, o.batch_size)
     val_batches = [(i[rank::world], t[rank::world]) for i, t in val_batches if len(i) > rank]
     widths, served = eval_widths(o)
-    blocks = [layer for layer in range(o.n_layer) if config.is_moe(layer)]
     log = Log(out / "log.jsonl", max(state.step or -1, state.evaluated)) if is_main() else lambda **entry: None
 
     with Stop() as stop:
@@ -620,12 +636,7 @@ def train(preset, o, given):
                 save(last, *what, optimizer)
                 shown = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
                 stop.say(f"eval {state.step}/{o.steps} | {shown}" + (" | best" if improved else ""))
-                before, uneven = uneven, collapsing(load, o) if state.step > o.warmup_steps else {}
-                for i in sorted(before.keys() & uneven.keys()):  # once can be chance
-                    stop.say(
-                        f"warning: one expert of MoE layer {blocks[i]} gets {uneven[i]:.1f} times its fair share: the "
-                        "router is collapsing. Begin anew with a higher --balance_coef or --bias_rate=0.001"
-                    )
+                uneven = warn_of_collapse(stop.say, o, state.step, load, uneven)
             if final:
                 break
 
@@ -649,8 +660,8 @@ def train(preset, o, given):
             if state.step % o.log_interval == 0 or state.step == o.steps:
                 left = int((o.steps - state.step) * (time.perf_counter() - began) / (state.step - first))
                 shown = " | ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())
-                left = f"{left // 60}m{left % 60:02d}s left"
-                stop.say(f"step {state.step}/{o.steps} | {shown} | {speed:,.0f} tokens/s | {left}")
+                shown += f" | {speed:,.0f} tokens/s | {left // 60}m{left % 60:02d}s left"
+                stop.say(f"step {state.step}/{o.steps} | {shown}")
             if stopping:
                 stop.say(f"stopped at step {state.step}; {last} is saved: continue with --resume")
                 sys.exit(130)
