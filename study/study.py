@@ -255,7 +255,7 @@ def finish(fig, axes, name, **labels):
         ax.set(**labels)
         ax.margins(0.1)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     fig.tight_layout()
     fig.savefig(HERE / name)
 
@@ -267,7 +267,7 @@ def plot(rows, base):
     import matplotlib.pyplot as plt
 
     # loss against forward FLOPs
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5.5), dpi=130, sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 6), dpi=130, sharey=True)
     for ax, more, title in zip(axes, ("", MORE), ("the same text", "the same training FLOPs"), strict=True):
         narrow = [rows[row] for row in ("moe", "narrow half" + more, "narrow quarter" + more) if row in rows]
         curve = [(mflops(group, 1.0), mean_loss(group, 1.0)) for group in narrow]
@@ -283,7 +283,7 @@ def plot(rows, base):
     finish(fig, axes, "study.png", xlabel="forward MFLOPs per byte, everything counted")
 
     # loss against training FLOPs
-    fig, axes = plt.subplots(1, 3, figsize=(12, 4.8), dpi=130)
+    fig, axes = plt.subplots(1, 3, figsize=(12, 5), dpi=130)
     for ax, share, narrow in zip(axes, (1.0, 0.5, 0.25), ("moe", "narrow half", "narrow quarter"), strict=True):
         for i, row in enumerate([*LABELS, narrow]):
             groups = [rows[name] for name in (row, row + MORE) if name in rows]
@@ -296,7 +296,7 @@ def plot(rows, base):
     finish(fig, axes, "training.png", xlabel="training FLOPs, moe's = 1")
 
     # what full width costs a quarter, and the other way around
-    fig, ax = plt.subplots(figsize=(7, 6), dpi=130)
+    fig, ax = plt.subplots(figsize=(7, 6.5), dpi=130)
     for i, row in enumerate(LABELS):
         for name in (row, row + MORE):
             x, y = [mean_loss(rows[name], share) if name in rows else math.nan for share in (1.0, 0.25)]
