@@ -669,9 +669,11 @@ def train(preset, o, given):
 
 
 def main():
-    train(*parse_options())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        train(*parse_options())
+    finally:  # also after a refusal: threads of the exchange would abort the process at its end
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
