@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import adapt
 from bench import draw, write_json
 from model import FewerExperts, RouterWidth
-from prepare import open_dataset
+from prepare import Parser, open_dataset, run
 
 SEEDS, STEPS, MORE, BATCH, CONTEXT = (1, 2, 3), 600, 90, 16, 128
 OUT, STUDY = Path("out/adapt"), Path(__file__).parent
@@ -191,10 +191,15 @@ def report(seeds, out):
     )
 
 
-if __name__ == "__main__":
+def main():
+    Parser(__doc__).parse_args()
     torch.set_num_threads(1)
     train_data, val, *_ = open_dataset("stdlib", CONTEXT)
     windows = val.windows(range(0, int(val.ends[-1]), int(val.ends[-1]) // 512))[0][:512]  # over all of it
     sorting = [train_data.random_batch(0, 10**6 + i, 0, BATCH)[0] for i in range(16)]
     OUT.mkdir(parents=True, exist_ok=True)
     report({seed: run_seed(seed, train_data, windows, sorting) for seed in SEEDS}, STUDY / "adapt")
+
+
+if __name__ == "__main__":
+    run(main, "study/adapt.py")

@@ -126,7 +126,8 @@ def study(o):
         raise UsageError(f"no row {unknown[0]!r} in the study; there are: {'; '.join(ROWS)}")
     if o.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {o.jobs}")
-    open_dataset("stdlib", 128)  # refuse before anything is spent
+    if not o.report:
+        open_dataset("stdlib", 128)  # refuse before anything is spent
     file = HERE / "study.json"
     runs = json.loads(file.read_text()) if file.exists() else []
     done = {(r["row"], r["seed"]): r for r in runs if r["row"] in ROWS}
@@ -271,7 +272,9 @@ def plot(rows, base):
     for ax, more, title in zip(axes, ("", MORE), ("the same text", "the same training FLOPs"), strict=True):
         narrow = [rows[row] for row in ("moe", "narrow half" + more, "narrow quarter" + more) if row in rows]
         curve = [(mflops(group, 1.0), mean_loss(group, 1.0)) for group in narrow]
-        ax.plot(*zip(*curve, strict=True), "k--", marker="o", label="standard MoEs, one trained for each width")
+        line = "--" if len(narrow) == 3 else ""  # a line would claim what was not trained
+        label = "standard MoEs, one trained for each width"
+        ax.plot(*zip(*curve, strict=True), color="k", linestyle=line, marker="o", label=label)
         limit = max(loss for _, loss in curve) + 0.1
         for i, (row, label) in enumerate(LABELS.items()):
             group = rows.get(row + more if row != "moe" else row)
@@ -302,7 +305,8 @@ def plot(rows, base):
             x, y = [mean_loss(rows[name], share) if name in rows else math.nan for share in (1.0, 0.25)]
             if y < mean_loss(rows["moe"], 1.0) + 0.35:  # not models cut to a width they were not trained for
                 ax.plot(x, y, MARKERS[i], color=COLORS[i], markerfacecolor="none" if name != row else None, label=name)
-                ax.annotate(f" {rows[name][0]['flops'] / base:.2f}x", (x, y))
+                flops = f"{rows[name][0]['flops'] / base:.2f}x the FLOPs"
+                ax.annotate(flops, (x, y), xytext=(6, 8), textcoords="offset points")
     for more, style in (("", "-"), (MORE, ":")):
         if "narrow quarter" + more in rows:
             y = mean_loss(rows["narrow quarter" + more], 1.0)
