@@ -48,7 +48,7 @@ ROWS = {  # name: (seeds, options of train.py)
     "serve" + MORE: (3, dict(recipe="serve", steps=3675)),
     "mose" + MORE: (1, dict(recipe="mose", steps=1705)),
     "m-moe": (1, dict(recipe="m-moe")),
-    "m-moe" + MORE: (1, dict(recipe="m-moe", steps=3960)),
+    "m-moe" + MORE: (1, dict(recipe="m-moe", steps=3410)),
     "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=256)),
     "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
     "serve, fine-grained": (1, dict(recipe="serve", steps=3620, **FINE)),  # for equal FLOPs
