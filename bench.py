@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -50,7 +51,7 @@ from model import (
 from prepare import get_tokenizer, open_dataset, option, parse, run
 from train import (
     PRESETS, TrainConfig, autocast, choose_device, load_checkpoint, load_model, make_config, make_optimizer,
-    sequence_losses, to_inference,
+    sequence_losses, to_inference, training_passes,
 )  # fmt: skip
 
 # -----------------------------------------------------------------------------
@@ -272,9 +273,10 @@ def frontier_policies(model, recipe, calibration, device, dtype):
             layers = [(p.budget, p.gamma) for p in policy.policies if p]
             mean = statistics.mean(gamma for _, gamma in layers)
             yield dict(policy="calibrated", budget=budget, gamma=mean, layers=layers), policy
-    if c.top_k > 1:  # whole experts or none; the budget is what that comes to
-        for n in sorted({c.top_k // 2, c.top_k // 4, 1} - {0}, reverse=True):
-            budget = (n + c.n_shared) / (c.top_k + c.n_shared)
+    if c.top_k > 1:
+        whole = sorted({c.top_k // 2, c.top_k // 4, 1} - {0}, reverse=True)
+        for n in [c.top_k * budget for budget in BUDGETS[1:]] if recipe == "serve" else whole:
+            budget = (n + c.n_shared * min(n, 1)) / (c.top_k + c.n_shared)
             yield dict(policy="fewer experts", budget=budget, gamma=None), FewerExperts(n)
         for share in (0.4, 0.7):
             yield dict(policy="skip", budget=None, gamma=None), skip(share)
@@ -490,7 +492,7 @@ def train_cases(config, state, device, dtype, compile, batch):
     """Optimizer steps of one micro-batch, as the recipes run it."""
     idx = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
 
-    def case(model, *widths):  # of the passes
+    def case(model, *widths, share=None):  # of the passes; share of the experts that runs, if it is not the width
         optimizer = make_optimizer(model, TrainConfig())
 
         def run_case():
@@ -502,13 +504,15 @@ def train_cases(config, state, device, dtype, compile, batch):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return run_case, idx.numel(), sum(3 * idx.numel() * model.flops_per_token(nominal_width(w))[0] for w in widths)
+        return run_case, idx.numel(), sum(3 * idx.numel() * model.flops_per_token(share or w)[0] for w in widths)
 
     moe = build(config, state, device, compile)
-    draws = torch.rand(batch, 2, 1, device=device).repeat_interleave(config.block_size, 0)
-    served = RouterWidth(0.1 + 0.9 * draws[:, 0], 3 * draws[:, 1])  # see training_passes in train.py
+    o = TrainConfig(recipe="serve", top_k=config.top_k, batch_size=batch, block_size=config.block_size)
+    ((served, _),) = training_passes(o, np.random.default_rng(0), device)
+    whole = config.top_k + config.n_shared
+    share = round((served.n + config.n_shared * served.budget).mean().item() / whole, 2)
     dense = case(build_dense(config, 1.0, device, compile), 1.0)
-    cases = {("moe", 1.0): case(moe, 1.0), ("dense", 1.0): dense, ("serve", 0.55): case(moe, served)}
+    cases = {("moe", 1.0): case(moe, 1.0), ("dense", 1.0): dense, ("serve", share): case(moe, served, share=share)}
     return {**cases, ("mose", 0.5): case(moe, 1.0, 0.5), ("mose", 0.25): case(moe, 1.0, 0.25)}
 
 

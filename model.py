@@ -98,15 +98,23 @@ class RouterWidth:
 
 
 class FewerExperts:
-    """Width policy: the first n of the selected experts run whole, the others not at all."""
+    """Width policy: the likeliest experts first. n = 1 runs the likeliest one of the selected experts whole and the
+    others not at all, n = 1.5 half of the second besides, n = 0.5 half of the likeliest.
+
+    n: experts that run, at least one step of the width grid; a tensor (N, 1) gives every token its own, unchecked.
+        Shared experts are as wide as the likeliest one
+    """
 
     renormalize = True
 
     def __init__(self, n):
-        self.n = n
+        if not torch.is_tensor(n) and not n >= 1 / GRID:
+            raise UsageError(f"n must be at least {1 / GRID} experts, one step of the width grid, not {n}")
+        self.n, self.budget = n, n.clamp(max=1) if torch.is_tensor(n) else min(n, 1)
 
     def widths(self, probs):
-        return (torch.arange(probs.size(-1), device=probs.device) < self.n).to(probs.dtype).expand(probs.shape)
+        width = (self.n - torch.arange(probs.size(-1), device=probs.device)).clamp(0, 1)
+        return ((width * GRID).round() / GRID).to(probs.dtype).expand(probs.shape)
 
 
 class PerLayer:

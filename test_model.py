@@ -60,7 +60,7 @@ class Rows:
 
 
 POLICIES = [1.0, 0.75, 0.4, 0.05, RouterWidth(0.5, 1.0), RouterWidth(0.25, 3.0), RouterWidth(0.9, 0.5), FewerExperts(1),
-            PerLayer([1.0, RouterWidth(0.3, 2.0)])]  # fmt: skip
+            FewerExperts(1.55), FewerExperts(0.3),             PerLayer([1.0, RouterWidth(0.3, 2.0)])]  # fmt: skip
 SHAPES = [  # tokens, d, H, E, k
     (1, 16, 32, 4, 2), (3, 8, 8, 64, 2), (50, 64, 256, 8, 2), (60, 24, 40, 5, 1), (40, 48, 128, 6, 6),
 ]  # fmt: skip
@@ -84,7 +84,7 @@ def reference_moe(layer, x, width):
         if c.norm_topk_prob:
             p = p / p.sum().clamp_min(1e-30)
         visits = list(zip(experts[n].tolist(), p, widths))
-        shared = policy if uniform else getattr(policy, "budget", 1.0)
+        shared = policy if uniform else round(20 * getattr(policy, "budget", 1.0)) / 20
         visits += [(c.n_expert + s, 1.0, shared) for s in range(c.n_shared)]
         y = torch.zeros_like(token, dtype=torch.float64)
         for e, weight, w in visits:
@@ -239,7 +239,8 @@ class TestLayer:
             layer.bias += torch.linspace(-0.5, 0.5, E)
         dtype = torch.float64 if seed % 5 == 0 else torch.float32
         layer, x = layer.to(dtype), torch.randn(2, int(rng.integers(1, 20)), d, dtype=dtype)
-        for width in (rng.uniform(0.01, 1), RouterWidth(rng.uniform(0.05, 1), rng.uniform(0, 4)), FewerExperts(1)):
+        for width in (rng.uniform(0.01, 1), RouterWidth(rng.uniform(0.05, 1), rng.uniform(0, 4)),
+                      FewerExperts(rng.uniform(0.05, 4))):  # fmt: skip
             check_against_reference(layer, x, width)
 
     @pytest.mark.parametrize("device", DEVICES)

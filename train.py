@@ -31,14 +31,14 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GRID, FewerExperts, GPTConfig, RouterWidth, Stats, UsageError, check_width, width_to_neurons
+from model import GPT, GRID, FewerExperts, GPTConfig, Stats, UsageError, check_width, width_to_neurons
 from prepare import open_dataset, option, parse, run
 
 # -----------------------------------------------------------------------------
 # Options
 
 RECIPES = {
-    "serve": "at router widths, budget and gamma random for each sequence",
+    "serve": "with 0 to top_k experts, random for each sequence, 0 being a part of one",
     "mose": "at full width and again at one random uniform width, as in the paper",
     "moe": "at full width only",
     "m-moe": "with a random number of experts in every layer",
@@ -423,10 +423,11 @@ def training_passes(o, rng, device="cpu"):
         return [(RandomExperts(rng, o.top_k), 1)]
     if o.recipe == "mose":  # the paper's equation 6
         return [(1.0, 0.5), (rng.integers(1, GRID).item() / GRID, 0.5)]
-    # serve: what inference will ask for, drawn for every sequence
-    draws = rng.uniform((0.1, 0.0), (1.0, 3.0), (o.batch_size, 2)).repeat(o.block_size, axis=0)  # (N, 2)
-    budget, gamma = torch.tensor(draws, dtype=torch.float32, device=device).split(1, dim=1)
-    return [(RouterWidth(budget, gamma), 1)]
+    # serve: whole experts first, widths for what is less than one; drawn for every sequence
+    n = rng.integers(o.top_k + 1, size=o.batch_size)
+    n = np.where(n > 0, n, rng.uniform(0.2, 1, o.batch_size)).repeat(o.block_size)
+    n = torch.tensor(n, dtype=torch.float32, device=device).unsqueeze(1)  # (N, 1), of every token of a sequence
+    return [(FewerExperts(n), 1)]
 
 
 def accumulate(o, model, data, step, micros, device, dtype, stats):
@@ -508,9 +509,9 @@ def eval_widths(o):
     widths = {f"{width:g}": width for width in (1.0, 0.75, 0.5, 0.25)}
     if o.recipe == "mose":
         return widths, list(widths)
-    if o.recipe == "serve":  # which is at its weakest at uniform widths
-        budgets = {f"router {budget:g}": RouterWidth(budget) for budget in (0.5, 0.25)}
-        return {**widths, **budgets}, ["1", *budgets]
+    if o.recipe == "serve":  # which was not trained for uniform widths
+        fewer = {f"{n:g} experts": FewerExperts(n) for n in (o.top_k / 2, o.top_k / 4)}
+        return {**widths, **fewer}, ["1", *fewer]
     return widths, ["1"]
 
 

@@ -45,14 +45,14 @@ ROWS = {  # name: (seeds, options of train.py)
     "narrow quarter" + MORE: (3, dict(recipe="moe", train_width=0.25, steps=4694)),
     "mose": (3, dict(recipe="mose")),
     "serve": (3, dict(recipe="serve")),
-    "serve" + MORE: (3, dict(recipe="serve", steps=3675)),
+    "serve" + MORE: (3, dict(recipe="serve", steps=3600)),
     "mose" + MORE: (1, dict(recipe="mose", steps=1705)),
-    "m-moe": (1, dict(recipe="m-moe")),
-    "m-moe" + MORE: (1, dict(recipe="m-moe", steps=3410)),
-    "dense": (1, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=256)),
-    "moe, fine-grained": (1, dict(recipe="moe", **FINE)),
-    "serve, fine-grained": (1, dict(recipe="serve", steps=3620, **FINE)),  # for equal FLOPs
-    "m-moe, fine-grained": (1, dict(recipe="m-moe", steps=3830, **FINE)),
+    "m-moe": (3, dict(recipe="m-moe")),
+    "m-moe" + MORE: (3, dict(recipe="m-moe", steps=3410)),
+    "dense": (3, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=256)),
+    "moe, fine-grained": (3, dict(recipe="moe", **FINE)),
+    "serve, fine-grained": (3, dict(recipe="serve", steps=3900, **FINE)),  # for equal FLOPs
+    "m-moe, fine-grained": (3, dict(recipe="m-moe", steps=3830, **FINE)),
 }
 LABELS = {
     "serve": "serve, ours", "mose": "mose, the paper's recipe", "m-moe": "m-moe: fewer experts",

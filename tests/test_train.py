@@ -45,26 +45,30 @@ class TestRecipes:
     def test_they_run_the_passes_they_promise(self):
         rng, probs = np.random.default_rng(0), torch.rand(50, 2)
         o = {recipe: train.TrainConfig(recipe=recipe, block_size=8) for recipe in train.RECIPES}
-        narrow, few = set(), set()
+        narrow, few, drawn = set(), set(), []
         for _ in range(300):
             passes = {recipe: train.training_passes(o[recipe], rng) for recipe in train.RECIPES}
             assert passes["moe"] == [(1.0, 1)]
             assert passes["mose"][0] == (1.0, 0.5) and passes["mose"][1][1] == 0.5
             narrow.add(passes["mose"][1][0])
             ((policy, weight),) = passes["serve"]
-            assert weight == 1 and policy.budget.shape == policy.gamma.shape == (16 * 8, 1)  # of a sequence's tokens
-            budget, gamma = policy.budget.view(16, 8), policy.gamma.view(16, 8)
-            assert (budget == budget[:, :1]).all() and len(budget.unique()) == 16 and (gamma == gamma[:, :1]).all()
-            assert 0.1 <= budget.min() and budget.max() <= 1 and 0 <= gamma.min() and gamma.max() <= 3
+            assert weight == 1 and policy.n.shape == (16 * 8, 1)  # of a sequence's tokens
+            n = policy.n.view(16, 8)
+            assert (n == n[:, :1]).all() and n.min() >= 0.2
+            drawn += n[:, 0].tolist()
             ((policy, weight),) = passes["m-moe"]
             rows = policy.at(0).widths(probs).unique(dim=0).tolist(), policy.at(1).widths(probs).unique(dim=0).tolist()
             assert weight == 1 and all(len(row) == 1 for row in rows)
             few.add((sum(rows[0][0]), sum(rows[1][0])))
         assert narrow == {level / 20 for level in range(1, 20)}
+        parts = [n for n in drawn if n < 1]
+        for share in (len(parts), drawn.count(1), drawn.count(2)):
+            assert share / len(drawn) == pytest.approx(1 / 3, abs=0.03)
+        assert len(set(parts)) == len(parts) and np.mean(parts) == pytest.approx(0.6, abs=0.03)
         assert few == {(1, 1), (1, 2), (2, 1), (2, 2)}, "every layer draws its own number of experts"
 
     def test_they_learn_what_they_are_for(self, inside, tmp_path):
-        narrow, fewer = {}, {}
+        narrow, fewer, half = {}, {}, {}
         for recipe in train.RECIPES:
             log = train_tiny(tmp_path / recipe, f"--recipe={recipe}", "--steps=120", "--eval_interval=40")
             val = evaluations(log)
@@ -73,20 +77,21 @@ class TestRecipes:
             if recipe == "mose":
                 served += ["0.75", "0.5", "0.25"]
             if recipe == "serve":
-                served += ["router 0.5", "router 0.25"]
+                served += ["1 experts", "0.5 experts"]
             best = min(val, key=lambda step: np.mean([val[step][name] for name in served]))
             model, checkpoint = train.load_model(tmp_path / recipe / "ckpt.pt")
             assert checkpoint["step"] == best
             narrow[recipe] = val[120]["0.25"] - val[120]["1"]
             batches = open_dataset("tiny", 32)[1].fixed_batches(2048, 8)
-            widths = dict(one=FewerExperts(1), all=1.0)
+            widths = {"half of one": FewerExperts(0.5), "one": FewerExperts(1), "all": 1.0}
             losses, load = train.evaluate(model, batches, widths, "cpu", torch.float32)
             plain = [model(idx, targets)[1].item() for idx, targets in batches]
             assert losses["all"] == pytest.approx(np.mean(plain), rel=1e-5)
             assert load.shape == (2, 4) and torch.allclose(load.mean(1), torch.ones(2))
-            fewer[recipe] = losses["one"] - losses["all"]
-        assert max(narrow["mose"], narrow["serve"]) < 0.5 * narrow["moe"]
-        assert fewer["m-moe"] < 0.5 * fewer["moe"]
+            fewer[recipe], half[recipe] = losses["one"] - losses["all"], losses["half of one"] - losses["all"]
+        assert narrow["mose"] < 0.5 * narrow["moe"]
+        assert max(fewer["m-moe"], fewer["serve"]) < 0.5 * fewer["moe"]
+        assert half["serve"] < 0.5 * half["moe"]
 
     def test_a_bias_balances_the_experts_without_a_loss(self, inside, tmp_path):
         spread = {}
