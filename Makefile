@@ -16,7 +16,7 @@ PIP = $(RUN) -m pip install -q --disable-pip-version-check
 demo: .venv/installed data/stdlib/meta.json
 	$(RUN) train.py demo $(if $(wildcard out/demo/last.pt),--resume)
 	$(RUN) bench.py frontier out/demo/ckpt.pt
-	$(RUN) sample.py --prompt=class --seed=1 --num_tokens=300 --width=1.0,0.5,0.25
+	$(RUN) sample.py --prompt=class --seed=1 --num_tokens=300 --experts=2,1,0.5
 
 test: .venv/installed
 	$(RUN) -m pytest -q

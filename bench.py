@@ -256,6 +256,12 @@ def load_calibrated(path, budget):
     return PerLayer([layer and RouterWidth(*layer) for layer in entry["budgets"][str(float(budget))]])
 
 
+def share_asked(policy, c):
+    """The share of its experts' neurons that FewerExperts asks for, shared ones included: the mean over tokens."""
+    n, width = torch.as_tensor(policy.n), torch.as_tensor(policy.budget)
+    return (n.clamp(max=c.top_k) + c.n_shared * width).double().mean().item() / (c.top_k + c.n_shared)
+
+
 def frontier_policies(model, recipe, calibration, device, dtype):
     """What frontier measures, in this order: (what a point says of it, the width or policy)."""
     c, slim = model.config, recipe not in NOT_SLIM
@@ -276,8 +282,8 @@ def frontier_policies(model, recipe, calibration, device, dtype):
     if c.top_k > 1:
         whole = sorted({c.top_k // 2, c.top_k // 4, 1} - {0}, reverse=True)
         for n in [c.top_k * budget for budget in BUDGETS[1:]] if recipe == "serve" else whole:
-            budget = (n + c.n_shared * min(n, 1)) / (c.top_k + c.n_shared)
-            yield dict(policy="fewer experts", budget=budget, gamma=None), FewerExperts(n)
+            policy = FewerExperts(n)
+            yield dict(policy="fewer experts", budget=share_asked(policy, c), gamma=None), policy
         for share in (0.4, 0.7):
             yield dict(policy="skip", budget=None, gamma=None), skip(share)
         for p in (0.4, 0.7) if c.top_k > 2 else ():  # with two experts, it is skipping by another name
@@ -509,8 +515,7 @@ def train_cases(config, state, device, dtype, compile, batch):
     moe = build(config, state, device, compile)
     o = TrainConfig(recipe="serve", top_k=config.top_k, batch_size=batch, block_size=config.block_size)
     ((served, _),) = training_passes(o, np.random.default_rng(0), device)
-    whole = config.top_k + config.n_shared
-    share = round((served.n + config.n_shared * served.budget).mean().item() / whole, 2)
+    share = round(share_asked(served, config), 2)
     dense = case(build_dense(config, 1.0, device, compile), 1.0)
     cases = {("moe", 1.0): case(moe, 1.0), ("dense", 1.0): dense, ("serve", share): case(moe, served, share=share)}
     return {**cases, ("mose", 0.5): case(moe, 1.0, 0.5), ("mose", 0.25): case(moe, 1.0, 0.25)}
@@ -630,6 +635,7 @@ class TasksConfig(Machine):
     checkpoints: tuple = option(("out/demo/ckpt.pt",), "of train.py")
     tasks: str = option("", "names of tasks and groups of lm_eval, with commas between")
     width: str = option("1", "uniform widths, with commas between; 1 always runs")
+    experts: str = option("", "numbers of the likeliest experts, with commas between; 0.5 is half of one")
     budget: str = option("", "router budgets, with commas between")
     calibrated: bool = option(False, "spend them as `bench.py frontier` learned it")
     limit: int = option(10**9, "documents of a task, at most", least=1)
@@ -763,18 +769,22 @@ def forget_answers(task, **options):
 def task_widths(o, path, model):
     """{(policy, budget): width or policy} to run a checkpoint at; full width first, the others are compared with it."""
     try:
-        uniform, budgets = ([float(w) for w in text.split(",") if w] for text in (o.width, o.budget))
+        options = o.width, o.experts, o.budget
+        uniform, experts, budgets = ([float(w) for w in text.split(",") if w] for text in options)
     except ValueError:
         raise UsageError(
-            f"--width and --budget must be numbers with commas between, like 1,0.5, not {o.width!r} and {o.budget!r}"
+            "--width, --experts and --budget must be numbers with commas between, like 1,0.5, not "
+            + ", ".join(map(repr, options))
         ) from None
     if o.calibrated and not budgets:
         raise UsageError("--calibrated says how --budget is spent: give --budget too")
-    if model.config.n_expert == 1 and (budgets or set(uniform) != {1.0}):
-        raise UsageError(f"{path} is a dense model, without experts to slim: leave out --width and --budget")
+    if model.config.n_expert == 1 and (experts or budgets or set(uniform) != {1.0}):
+        raise UsageError(f"{path} is a dense model, without experts: leave out --width, --experts and --budget")
     for width in uniform:
         check_width(width, "--width")
     widths = {("uniform", width): width for width in (1.0, *uniform)}
+    for policy in map(FewerExperts, experts):
+        widths["fewer experts", share_asked(policy, model.config)] = policy
     for budget in budgets:
         policy = load_calibrated(path, budget) if o.calibrated else RouterWidth(budget)
         widths["calibrated" if o.calibrated else "router", budget] = policy

@@ -65,6 +65,17 @@ class TestFrontier:
                     losses = train.sequence_losses(model, val, p["budget"], "cpu", torch.float32)
                     assert p["loss"] == pytest.approx(losses.double().mean().item(), abs=1e-6)
 
+    @pytest.mark.parametrize("top_k, n_shared", [(2, 0), (4, 2), (4, 0)])
+    def test_serve_is_measured_by_experts_at_every_budget(self, top_k, n_shared):
+        model = GPT(config(top_k=top_k, n_shared=n_shared, expert_hidden=160))  # every step of the grid is whole
+        policies = list(bench.frontier_policies(model, "serve", [], "cpu", torch.float32))
+        fewer = [(what["budget"], policy) for what, policy in policies if what["policy"] == "fewer experts"]
+        assert [policy.n / top_k for _, policy in fewer] == pytest.approx(NARROW)
+        for budget, policy in fewer:
+            stats = Stats(model.config)
+            model(torch.randint(64, (2, 32)), width=policy, stats=stats)
+            assert stats.mean_width(stats.used).item() == pytest.approx(budget, abs=0.013)  # half a step of the grid
+
     def test_differences_are_taken_sequence_by_sequence(self, frontier, inside):
         model, _ = train.load_model("out/mose/ckpt.pt")
         val = open_dataset("tiny", 32)[1].fixed_batches(2048, 16)
@@ -154,6 +165,9 @@ class TestCalibration:
         args = ["--checkpoint=out/mose/ckpt.pt", "--num_tokens=20", "--prompt=def ", "--calibrated"]
         call(sample, *args, "--budget=0.5")
         assert "mean width 0.5" in capsys.readouterr().out
+        call(sample, *args[:-1], "--experts=2,0.5")
+        out = capsys.readouterr().out
+        assert "experts 2\n" in out and "mean width 1.000" in out and "mean width 0.250" in out
         with pytest.raises(UsageError, match=r"not for 0.3"):
             call(sample, *args, "--budget=0.3")
 

@@ -210,6 +210,7 @@ BAD = [
     (["--tasks=choice", "--width=0.5,x"], "0.5,x"),
     (["--tasks=choice", "--width=1.5"], "--width"),
     (["--tasks=choice", "--budget=0"], "budget"),
+    (["--tasks=choice", "--experts=0"], "experts"),
     (["--tasks=choice", "--include_path=nowhere"], "nowhere"),
     (["--tasks=choice", "--calibrated"], "--budget"),
     (["--tasks=choice,last", "--bugdet=1"], "did you mean --budget"),
@@ -283,14 +284,17 @@ class TestTasks:
             f"--include_path={folder}",
             "--width=0.25",
             "--budget=0.5",
+            "--experts=0.5",
         ]
         results = run_tasks(*args)["results"]
         assert {(r["task"], r["policy"], r["budget"]) for r in results} == {
             (task, *width) for task in ("choice", "last", "rolling")
-            for width in (("uniform", 1.0), ("uniform", 0.25), ("router", 0.5))
+            for width in (("uniform", 1.0), ("uniform", 0.25), ("router", 0.5), ("fewer experts", 0.25))
         }  # fmt: skip
         model, checkpoint = bench.load_model("out/mose/ckpt.pt")
-        for policy, budget, width in (("uniform", 0.25, 0.25), ("router", 0.5, RouterWidth(0.5))):
+        for policy, budget, width in (
+            ("uniform", 0.25, 0.25), ("router", 0.5, RouterWidth(0.5)), ("fewer experts", 0.25, FewerExperts(0.5)),
+        ):  # fmt: skip
             lms = [LM(model, checkpoint, w, "cpu", torch.float32, 16, "") for w in (width, 1.0)]
             narrow, full = (evaluate(lm, manager.load(["choice", "last", "rolling"]), bootstrap_iters=2) for lm in lms)
             choice = find(results, task="choice", policy=policy, budget=budget)
