@@ -35,8 +35,9 @@ SCALE = dict(
     n_layer=2, n_head=2, n_embd=32, expert_hidden=128, batch_size=32, tokens_per_step=4096, steps=3000,
     learning_rate=8e-3, warmup_steps=100, eval_interval=3000, eval_tokens=131072,
 )  # fmt: skip
-FINE = dict(n_expert=32, top_k=8, expert_hidden=32)  # of the same parameters, and as many of them active
+SMALL = dict(n_expert=32, top_k=8, expert_hidden=32)  # of the same parameters, and as many of them active
 MORE = ", equal FLOPs"  # as many training FLOPs as moe, which is more text, or less
+FINE = ", fine-grained" + MORE
 ROWS = {  # name: (seeds, options of train.py)
     "moe": (3, dict(recipe="moe")),
     "narrow half": (1, dict(recipe="moe", train_width=0.5)),
@@ -50,13 +51,14 @@ ROWS = {  # name: (seeds, options of train.py)
     "m-moe": (3, dict(recipe="m-moe")),
     "m-moe" + MORE: (3, dict(recipe="m-moe", steps=3410)),
     "dense": (3, dict(recipe="moe", n_expert=1, top_k=1, expert_hidden=256)),
-    "moe, fine-grained": (3, dict(recipe="moe", **FINE)),
-    "serve, fine-grained": (3, dict(recipe="serve", steps=3900, **FINE)),  # for equal FLOPs
-    "m-moe, fine-grained": (3, dict(recipe="m-moe", steps=3830, **FINE)),
+    "moe" + FINE: (3, dict(recipe="moe", **SMALL)),
+    "serve" + FINE: (3, dict(recipe="serve", steps=3900, **SMALL)),
+    "m-moe" + FINE: (3, dict(recipe="m-moe", steps=3830, **SMALL)),
 }
 LABELS = {
     "serve": "serve, ours", "mose": "mose, the paper's recipe", "m-moe": "m-moe: fewer experts",
     "moe": "standard MoE, fewer experts or skipping", "dense": "dense",
+    "serve, fine-grained": "serve, 32 small experts, top-8",
 }  # fmt: skip
 SHARES = (1.0, 0.75, 0.5, 0.25)
 DIFFERENCES = (  # text, then a row, its share, and a row, its share and its policy that is taken away
@@ -64,21 +66,36 @@ DIFFERENCES = (  # text, then a row, its share, and a row, its share and its pol
     ("standard MoE, a quarter minus full, equal training FLOPs", "narrow quarter" + MORE, 1.0, "moe"),
     ("serve minus moe, full width, equal text", "serve", 1.0, "moe"),
     ("serve minus moe, full width, equal training FLOPs", "serve" + MORE, 1.0, "moe"),
-    ("mose minus moe, full width, equal text", "mose", 1.0, "moe"),
     ("serve at half minus moe at full width, equal training FLOPs", "serve" + MORE, 0.5, "moe"),
     ("serve at half minus one expert of moe's two, equal text", "serve", 0.5, "moe", 0.5, "fewer experts"),
     ("the same, equal training FLOPs", "serve" + MORE, 0.5, "moe", 0.5, "fewer experts"),
     ("serve at three quarters minus moe skipping, equal training FLOPs", "serve" + MORE, 0.75, "moe", 0.75, "skip"),
     ("serve at half minus an MoE trained at half, equal training FLOPs", "serve" + MORE, 0.5, "narrow half" + MORE),
     ("serve at a quarter minus an MoE trained at a quarter, equal text", "serve", 0.25, "narrow quarter"),
-    ("mose at a quarter minus the same", "mose", 0.25, "narrow quarter"),
-    ("serve at a quarter minus the same, equal training FLOPs", "serve" + MORE, 0.25, "narrow quarter" + MORE),
+    ("the same, equal training FLOPs", "serve" + MORE, 0.25, "narrow quarter" + MORE),
+    ("mose minus moe, full width, equal text", "mose", 1.0, "moe"),
+    ("mose at a quarter minus an MoE trained at a quarter, equal text", "mose", 0.25, "narrow quarter"),
     ("serve for moe's training FLOPs minus mose for 1.76 times as many, full width", "serve" + MORE, 1.0, "mose"),
     ("the same at half", "serve" + MORE, 0.5, "mose", 0.5),
     ("the same at a quarter", "serve" + MORE, 0.25, "mose", 0.25),
-    ("fine-grained: serve minus m-moe, full width, equal FLOPs", "serve, fine-grained", 1.0, "m-moe, fine-grained"),
-    ("fine-grained: serve minus m-moe, half", "serve, fine-grained", 0.5, "m-moe, fine-grained", 0.5),
-    ("fine-grained: serve minus m-moe, a quarter", "serve, fine-grained", 0.25, "m-moe, fine-grained", 0.25),
+    ("m-moe minus moe, full width, equal training FLOPs", "m-moe" + MORE, 1.0, "moe"),
+    ("m-moe at half minus moe at full width, equal training FLOPs", "m-moe" + MORE, 0.5, "moe"),
+    ("serve minus m-moe, full width, equal training FLOPs", "serve" + MORE, 1.0, "m-moe" + MORE),
+    ("the same at half", "serve" + MORE, 0.5, "m-moe" + MORE, 0.5),
+    ("fine-grained: moe minus moe of 8 experts, full width", "moe" + FINE, 1.0, "moe"),
+    ("fine-grained: serve minus moe, full width", "serve" + FINE, 1.0, "moe" + FINE),
+    ("fine-grained: serve minus m-moe, full width", "serve" + FINE, 1.0, "m-moe" + FINE),
+    ("the same at half", "serve" + FINE, 0.5, "m-moe" + FINE, 0.5),
+    ("the same at a quarter", "serve" + FINE, 0.25, "m-moe" + FINE, 0.25),
+    ("fine-grained serve minus moe of 8 experts, full width", "serve" + FINE, 1.0, "moe"),
+    ("the same, half minus full width", "serve" + FINE, 0.5, "moe"),
+    ("the same, a quarter minus full width", "serve" + FINE, 0.25, "moe"),
+    (
+        "fine-grained serve at a quarter minus an MoE trained at a quarter",
+        "serve" + FINE,
+        0.25,
+        "narrow quarter" + MORE,
+    ),
 )
 SEED, EVAL_TOKENS = 1337, 131072
 
@@ -236,8 +253,8 @@ def report(runs):
 # Pictures
 
 # Okabe and Ito: told apart by everybody
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000"]
-MARKERS = "sD^vPo"
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "sD^vPXo"
 
 
 def mean_loss(group, share):
