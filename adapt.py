@@ -243,7 +243,7 @@ def columns_of(l, a):
 # Training at many widths, in any loop
 
 RECIPES = {  # serve trains widths here, not numbers of experts as in train.py: these models are also cut by `slice`
-    "serve": "at router widths, budget and gamma random for each sequence",
+    "serve": "at router widths (train.py's is another), budget and gamma random for each sequence",
     "mose": "every sequence at full width and again at one random uniform width, as in the paper",
     "moe": "at full width only",
 }

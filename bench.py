@@ -5,12 +5,12 @@ Measure: what quality costs, whether a narrower width is a shorter time, and wha
     python bench.py frontier out/demo/ckpt.pt out/demo-moe/ckpt.pt
     python bench.py speed --preset=55m                            # time against width on this machine
     python bench.py speed --checkpoint=out/demo/ckpt.pt --compile
-    python bench.py tasks out/55m/ckpt.pt --tasks=lambada_openai,piqa --width=1,0.5,0.25 --budget=0.5 --limit=500
+    python bench.py tasks out/55m/ckpt.pt --tasks=lambada_openai,piqa --experts=1,0.5 --budget=0.5 --limit=500
 
 frontier runs every checkpoint at budgets from 0.15 of its experts to all of them, with each way of spending the
-budget, on the same validation text: slimmed experts, fewer experts, or skipping those of low probability. Checkpoints
-of recipe moe are cut to narrower widths, which they were never trained for. It prints a table, writes frontier.json and
-frontier.png beside the first checkpoint, and beside each the widths that it learned: calibrated.json, which
+budget, on the same validation text: slimmed experts, fewer experts, or skipping those of low probability; also ways
+that the recipe did not train for, such as cutting all experts of moe or serve. It prints a table, writes frontier.json
+and frontier.png beside the first checkpoint, and beside each the widths that it learned: calibrated.json, which
 `sample.py --budget=0.5 --calibrated` serves.
 
 speed times the layer, the training step, prefill and decoding at every width, each beside a dense network of the same
@@ -258,8 +258,21 @@ def load_calibrated(path, budget):
 
 def share_asked(policy, c):
     """The share of its experts' neurons that FewerExperts asks for, shared ones included: the mean over tokens."""
-    n, width = torch.as_tensor(policy.n), torch.as_tensor(policy.budget)
-    return (n.clamp(max=c.top_k) + c.n_shared * width).double().mean().item() / (c.top_k + c.n_shared)
+    n, width = (torch.as_tensor(value, dtype=torch.float64).mean().item() for value in (policy.n, policy.budget))
+    return (n + c.n_shared * width) / (c.top_k + c.n_shared)
+
+
+def experts_for(budget, c):
+    """The FewerExperts that asks for that share. Shared experts are whole as long as one expert is."""
+    share = budget * (c.top_k + c.n_shared)
+    return FewerExperts(share - c.n_shared if share >= 1 + c.n_shared else share / (1 + c.n_shared))
+
+
+def fewer_experts(n, c):
+    """FewerExperts(n), as an option --experts asks for it."""
+    if n > c.top_k:
+        raise UsageError(f"--experts {n:g}: the router selects {c.top_k}, give at most that many")
+    return FewerExperts(n)
 
 
 def frontier_policies(model, recipe, calibration, device, dtype):
@@ -281,8 +294,8 @@ def frontier_policies(model, recipe, calibration, device, dtype):
             yield dict(policy="calibrated", budget=budget, gamma=mean, layers=layers), policy
     if c.top_k > 1:
         whole = sorted({c.top_k // 2, c.top_k // 4, 1} - {0}, reverse=True)
-        for n in [c.top_k * budget for budget in BUDGETS[1:]] if recipe == "serve" else whole:
-            policy = FewerExperts(n)
+        every = [experts_for(budget, c) for budget in BUDGETS[1:]]
+        for policy in every if recipe == "serve" else map(FewerExperts, whole):
             yield dict(policy="fewer experts", budget=share_asked(policy, c), gamma=None), policy
         for share in (0.4, 0.7):
             yield dict(policy="skip", budget=None, gamma=None), skip(share)
@@ -343,7 +356,8 @@ def print_point(p, first):
 
 def plot_frontier(points, path):
     key, unit = ("bits_per_byte", "bits per byte") if "bits_per_byte" in points[0] else ("loss", "nats per token")
-    slim = [p[key] for p in points if p["policy"] != "truncated"]
+    untrained = lambda p: p["policy"] == "truncated" or (p["recipe"], p["policy"]) == ("serve", "uniform")
+    slim = [p[key] for p in points if p["budget"] == 1 or not untrained(p)]
     low, high = min(slim), max(slim)  # a model cut to a width it was not trained for goes off the scale
     panel = dict(curves=curves(points, lambda p: p[key]), title="What quality costs: one checkpoint, every budget")
     panel.update(xlabel="forward MFLOPs per token, everything counted", ylabel=f"validation loss ({unit})")
@@ -415,7 +429,7 @@ COLUMNS = (1.0, 0.75, 0.5, 0.25, RouterWidth(0.5))
 
 def nominal_width(column):
     """The width that FLOPs are counted at. With a router budget a little more runs: see plan_chunks in model.py."""
-    return column if isinstance(column, float) else torch.as_tensor(column.budget).mean().item()
+    return column if isinstance(column, float) else column.budget
 
 
 def timed(run_case, device):
@@ -513,7 +527,7 @@ def train_cases(config, state, device, dtype, compile, batch):
         return run_case, idx.numel(), sum(3 * idx.numel() * model.flops_per_token(share or w)[0] for w in widths)
 
     moe = build(config, state, device, compile)
-    o = TrainConfig(recipe="serve", top_k=config.top_k, batch_size=batch, block_size=config.block_size)
+    o = TrainConfig(recipe="serve", top_k=config.top_k, batch_size=idx.numel(), block_size=1)  # of each token: the mean
     ((served, _),) = training_passes(o, np.random.default_rng(0), device)
     share = round(share_asked(served, config), 2)
     dense = case(build_dense(config, 1.0, device, compile), 1.0)
@@ -783,7 +797,7 @@ def task_widths(o, path, model):
     for width in uniform:
         check_width(width, "--width")
     widths = {("uniform", width): width for width in (1.0, *uniform)}
-    for policy in map(FewerExperts, experts):
+    for policy in [fewer_experts(n, model.config) for n in experts]:
         widths["fewer experts", share_asked(policy, model.config)] = policy
     for budget in budgets:
         policy = load_calibrated(path, budget) if o.calibrated else RouterWidth(budget)

@@ -8,6 +8,7 @@ its hidden neurons, so one set of weights serves every compute budget:
     logits, loss, aux = model(idx, targets)                               # every expert at full width
     logits, loss, aux = model(idx, targets, width=0.25)                   # the first quarter of every expert
     logits, loss, aux = model(idx, targets, width=RouterWidth(0.5, 1.0))  # half on average, confident experts wider
+    logits, loss, aux = model(idx, targets, width=FewerExperts(0.5))      # half of the likeliest expert, no other
 
 Read downwards: widths and policies, config, experts, the MoE layer, the rest of the transformer, the GPT, generation.
 In shape comments B is the batch, T the sequence, d = n_embd, N = B*T tokens, k = top_k experts per token,
@@ -102,14 +103,15 @@ class FewerExperts:
     others not at all, n = 1.5 half of the second besides, n = 0.5 half of the likeliest.
 
     n: experts that run, at least one step of the width grid; a tensor (N, 1) gives every token its own, unchecked.
-        Shared experts are as wide as the likeliest one
+        Shared experts are as wide as the likeliest one. (Of many, one that runs in part may cost as much as a whole
+        one: see `plan_chunks`)
     """
 
     renormalize = True
 
     def __init__(self, n):
-        if not torch.is_tensor(n) and not n >= 1 / GRID:
-            raise UsageError(f"n must be at least {1 / GRID} experts, one step of the width grid, not {n}")
+        if not torch.is_tensor(n) and (isinstance(n, bool) or not isinstance(n, numbers.Real) or not n >= 1 / GRID):
+            raise UsageError(f"experts must be a number of at least {1 / GRID}, one step of the width grid, not {n!r}")
         self.n, self.budget = n, n.clamp(max=1) if torch.is_tensor(n) else min(n, 1)
 
     def widths(self, probs):

@@ -2,9 +2,9 @@
 Sample text from a checkpoint, at any width of its experts.
 
     python sample.py                                      # out/demo/ckpt.pt at full width
-    python sample.py --width=0.25 --prompt="def main("    # every expert at a quarter of its neurons
-    python sample.py --width=1.0,0.5,0.25                 # the same prompt and seed at several widths
-    python sample.py --experts=1                          # the likeliest expert of each token only; 0.5 is half of it
+    python sample.py --experts=1 --prompt="def main("     # the likeliest expert of each token only
+    python sample.py --experts=2,1,0.5                    # the same prompt and seed with two, one, half of one
+    python sample.py --width=0.25                         # every expert at a quarter of its neurons
     python sample.py --budget=0.5 --gamma=2               # half on average, wider where the router is confident
     python sample.py --budget=0.5 --calibrated            # half, spent as `bench.py frontier` learned
     python sample.py --checkpoint=out/55m/ckpt.pt --prompt=FILE:prompt.txt --num_samples=3
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import load_calibrated
-from model import FewerExperts, RouterWidth, Stats, UsageError, check_width
+from bench import fewer_experts, load_calibrated
+from model import RouterWidth, Stats, UsageError, check_width
 from prepare import get_tokenizer, option, parse, run
 from train import choose_device, load_model, to_inference
 
@@ -26,7 +26,9 @@ from train import choose_device, load_model, to_inference
 class SampleConfig:
     checkpoint: str = option("out/demo/ckpt.pt", "a checkpoint of train.py")
     width: str = option("1", "width of every expert, in (0, 1]; several with commas between run one after another")
-    experts: str = option("", "instead: how many of the likeliest experts; 1.5 is one and half of another; or several")
+    experts: str = option(
+        "", "instead: how many experts, likeliest first; 1.5 is one and half of another; or several, as above"
+    )
     budget: float = option(1.0, "instead: mean width, in (0, 1], split by the router's confidence token by token")
     gamma: float = option(1.0, "how much confidence counts under --budget; 0: not at all", least=0)
     calibrated: bool = option(False, "split --budget as `bench.py frontier` learned it, instead of by --gamma")
@@ -46,7 +48,7 @@ def numbers(name, text):
         raise UsageError(f"{name} must be numbers with commas between, like 1,0.5, not {text!r}") from None
 
 
-def chosen_widths(o, given):
+def chosen_widths(o, given, config):
     """The options -> {what to print: width or policy}."""
     if len(given & {"width", "experts", "budget"}) > 1:
         raise UsageError("--width, --experts and --budget exclude each other: give one")
@@ -59,7 +61,7 @@ def chosen_widths(o, given):
     if "budget" in given:
         return {f"budget {o.budget:g}, gamma {o.gamma:g}": RouterWidth(o.budget, o.gamma)}
     if "experts" in given:
-        return {f"experts {n:g}": FewerExperts(n) for n in numbers("--experts", o.experts)}
+        return {f"experts {n:g}": fewer_experts(n, config) for n in numbers("--experts", o.experts)}
     widths = numbers("--width", o.width)
     for width in widths:
         check_width(width, "--width")
@@ -78,8 +80,9 @@ def read_prompt(prompt):
 
 def main():
     _, o, given = parse(SampleConfig, __doc__)
-    widths, prompt = chosen_widths(o, given), read_prompt(o.prompt)
+    prompt = read_prompt(o.prompt)
     model, checkpoint = load_model(o.checkpoint)
+    widths = chosen_widths(o, given, model.config)
     if model.config.n_expert == 1 and set(widths.values()) != {1.0}:
         raise UsageError(f"{o.checkpoint} is a dense model, without experts: leave out --width, --experts and --budget")
     device, dtype, _ = choose_device(o.device, "auto", model.config.n_embd)

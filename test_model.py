@@ -155,6 +155,23 @@ class TestWidths:
             assert (alone - slow(p.numpy(), b.item(), g.item())).abs().max() <= 0.025 + 1e-6
             assert torch.allclose(alone, w, atol=1e-6)
 
+    def test_fewer_experts_are_the_likeliest_first_and_the_last_in_part(self):
+        rows = {3: [1, 1, 1], 1.5: [1, 0.5, 0], 1: [1, 0, 0], 0.5: [0.5, 0, 0], 2.26: [1, 1, 0.25], 0.05: [0.05, 0, 0]}
+        probs = torch.tensor([[0.5, 0.3, 0.1]]).expand(len(rows), -1)
+        expected = torch.tensor(list(rows.values()))
+        assert torch.allclose(FewerExperts(torch.tensor(list(rows)).unsqueeze(1)).widths(probs), expected)
+        for n, row in zip(rows, expected):
+            assert torch.allclose(FewerExperts(n).widths(probs), row.expand_as(probs))
+        for n in (0, 0.04, -1, math.nan, "1", None, True):
+            with pytest.raises(UsageError, match="experts must be"):
+                FewerExperts(n)
+
+    def test_every_token_can_have_its_own_number_of_experts(self):
+        layer, x, n = make_layer(32, 64, 4, 3, n_shared=1), torch.randn(20, 32), torch.rand(20, 1) * 3 + 0.1
+        together = layer(x, FewerExperts(n))[0]
+        alone = torch.cat([layer(x[i : i + 1], FewerExperts(n[i].item()))[0] for i in range(20)])
+        assert relative_error(together, alone) < 1e-5
+
     def test_gamma_0_is_uniform_and_a_large_gamma_is_top_1(self):
         probs = torch.tensor([[0.5, 0.3], [0.9, 0.1]])
         assert torch.allclose(RouterWidth(0.6, 0.0).widths(probs), torch.full((2, 2), 0.6))

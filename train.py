@@ -38,7 +38,7 @@ from prepare import open_dataset, option, parse, run
 # Options
 
 RECIPES = {
-    "serve": "with 0 to top_k experts, random for each sequence, 0 being a part of one",
+    "serve": "with 0 to top_k experts, random for each sequence, 0 being 0.2 to 1 of one",
     "mose": "at full width and again at one random uniform width, as in the paper",
     "moe": "at full width only",
     "m-moe": "with a random number of experts in every layer",
@@ -507,9 +507,9 @@ def eval_widths(o):
     if o.n_expert == 1:
         return {"1": 1.0}, ["1"]
     widths = {f"{width:g}": width for width in (1.0, 0.75, 0.5, 0.25)}
-    if o.recipe == "mose":
+    if o.recipe == "mose" or (o.recipe == "serve" and o.top_k == 1):
         return widths, list(widths)
-    if o.recipe == "serve":  # which was not trained for uniform widths
+    if o.recipe == "serve":  # which was not trained for uniform widths of several experts
         fewer = {f"{n:g} experts": FewerExperts(n) for n in (o.top_k / 2, o.top_k / 4)}
         return {**widths, **fewer}, ["1", *fewer]
     return widths, ["1"]

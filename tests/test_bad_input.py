@@ -48,6 +48,7 @@ BAD = [  # program, arguments, what the line must name
     ("sample", [MOSE, "--width=0.5", "--budget=0.5"], "exclude each other"),
     ("sample", [MOSE, "--experts=1", "--budget=0.5"], "exclude each other"),
     ("sample", [MOSE, "--experts=1,0.01"], "0.01"),
+    ("sample", [MOSE, "--experts=3"], "--experts 3"),
     ("sample", [MOSE, "--experts=one"], "--experts must be numbers"),
     ("sample", [MOSE, "--gamma=2"], "--budget too"),
     ("sample", [MOSE, "--width=1,two"], "1,two"),

@@ -210,7 +210,7 @@ BAD = [
     (["--tasks=choice", "--width=0.5,x"], "0.5,x"),
     (["--tasks=choice", "--width=1.5"], "--width"),
     (["--tasks=choice", "--budget=0"], "budget"),
-    (["--tasks=choice", "--experts=0"], "experts"),
+    (["--tasks=choice", "--experts=0"], "experts must be"),
     (["--tasks=choice", "--include_path=nowhere"], "nowhere"),
     (["--tasks=choice", "--calibrated"], "--budget"),
     (["--tasks=choice,last", "--bugdet=1"], "did you mean --budget"),
@@ -444,8 +444,8 @@ class TestTasks:
             schedule = ["--steps=400", "--eval_interval=400", "--warmup_steps=20", "--learning_rate=5e-3"]
             train_tiny(f"out/{recipe}", "--dataset=answers", f"--recipe={recipe}", *sizes, *schedule)
         paths = [f"out/{recipe}/ckpt.pt" for recipe in ("moe", "serve")]
-        results = run_tasks(*paths, "--tasks=choice", f"--include_path={path}", "--width=1,0.25")["results"]
-        acc = lambda path, width: find(results, checkpoint=path, budget=width)["metrics"]["acc"]
+        results = run_tasks(*paths, "--tasks=choice", f"--include_path={path}", "--experts=0.5")["results"]
+        acc = lambda path, share: find(results, checkpoint=path, budget=share)["metrics"]["acc"]
         assert acc(paths[0], 1.0)["value"] > 0.95 and acc(paths[1], 1.0)["value"] > 0.95
         moe, serve = acc(paths[0], 0.25), acc(paths[1], 0.25)
         assert moe["minus_full"] < -0.15 and moe["minus_full"] < -3 * moe["minus_full_se"]
