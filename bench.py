@@ -527,7 +527,7 @@ def train_cases(config, state, device, dtype, compile, batch):
         return run_case, idx.numel(), sum(3 * idx.numel() * model.flops_per_token(share or w)[0] for w in widths)
 
     moe = build(config, state, device, compile)
-    o = TrainConfig(recipe="serve", top_k=config.top_k, batch_size=idx.numel(), block_size=1)  # of each token: the mean
+    o = TrainConfig(recipe="serve", top_k=config.top_k, batch_size=batch, block_size=config.block_size)
     ((served, _),) = training_passes(o, np.random.default_rng(0), device)
     share = round(share_asked(served, config), 2)
     dense = case(build_dense(config, 1.0, device, compile), 1.0)

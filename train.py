@@ -38,7 +38,7 @@ from prepare import open_dataset, option, parse, run
 # Options
 
 RECIPES = {
-    "serve": "with 0 to top_k experts, random for each sequence, 0 being 0.2 to 1 of one",
+    "serve": "with 0 to top_k experts, random for each token, 0 being 0.2 to 1 of one",
     "mose": "at full width and again at one random uniform width, as in the paper",
     "moe": "at full width only",
     "m-moe": "with a random number of experts in every layer",
@@ -423,11 +423,10 @@ def training_passes(o, rng, device="cpu"):
         return [(RandomExperts(rng, o.top_k), 1)]
     if o.recipe == "mose":  # the paper's equation 6
         return [(1.0, 0.5), (rng.integers(1, GRID).item() / GRID, 0.5)]
-    # serve: whole experts first, widths for what is less than one; drawn for every sequence
-    n = rng.integers(o.top_k + 1, size=o.batch_size)
-    n = np.where(n > 0, n, rng.uniform(0.2, 1, o.batch_size)).repeat(o.block_size)
-    n = torch.tensor(n, dtype=torch.float32, device=device).unsqueeze(1)  # (N, 1), of every token of a sequence
-    return [(FewerExperts(n), 1)]
+    # serve: whole experts first, widths for what is less than one
+    n = rng.integers(o.top_k + 1, size=(o.batch_size * o.block_size, 1))  # (N, 1), of every token
+    n = np.where(n > 0, n, rng.uniform(0.2, 1, n.shape))
+    return [(FewerExperts(torch.tensor(n, dtype=torch.float32, device=device)), 1)]
 
 
 def accumulate(o, model, data, step, micros, device, dtype, stats):

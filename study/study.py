@@ -46,7 +46,7 @@ ROWS = {  # name: (seeds, options of train.py)
     "narrow quarter" + MORE: (3, dict(recipe="moe", train_width=0.25, steps=4694)),
     "mose": (3, dict(recipe="mose")),
     "serve": (3, dict(recipe="serve")),
-    "serve" + MORE: (3, dict(recipe="serve", steps=3600)),
+    "serve" + MORE: (3, dict(recipe="serve", steps=3570)),
     "mose" + MORE: (1, dict(recipe="mose", steps=1705)),
     "m-moe": (3, dict(recipe="m-moe")),
     "m-moe" + MORE: (3, dict(recipe="m-moe", steps=3410)),

@@ -52,10 +52,8 @@ class TestRecipes:
             assert passes["mose"][0] == (1.0, 0.5) and passes["mose"][1][1] == 0.5
             narrow.add(passes["mose"][1][0])
             ((policy, weight),) = passes["serve"]
-            assert weight == 1 and policy.n.shape == (16 * 8, 1)  # of a sequence's tokens
-            n = policy.n.view(16, 8)
-            assert (n == n[:, :1]).all() and n.min() >= 0.2
-            drawn += n[:, 0].tolist()
+            assert weight == 1 and policy.n.shape == (16 * 8, 1) and policy.n.min() >= 0.2  # every token's own
+            drawn += policy.n.flatten().tolist()
             ((policy, weight),) = passes["m-moe"]
             rows = policy.at(0).widths(probs).unique(dim=0).tolist(), policy.at(1).widths(probs).unique(dim=0).tolist()
             assert weight == 1 and all(len(row) == 1 for row in rows)
@@ -64,7 +62,7 @@ class TestRecipes:
         parts = [n for n in drawn if n < 1]
         for share in (len(parts), drawn.count(1), drawn.count(2)):
             assert share / len(drawn) == pytest.approx(1 / 3, abs=0.03)
-        assert len(set(parts)) == len(parts) and np.mean(parts) == pytest.approx(0.6, abs=0.03)
+        assert len(set(parts)) > 0.99 * len(parts) and np.mean(parts) == pytest.approx(0.6, abs=0.03)
         assert few == {(1, 1), (1, 2), (2, 1), (2, 2)}, "every layer draws its own number of experts"
 
     def test_they_learn_what_they_are_for(self, inside, tmp_path):
