@@ -444,10 +444,13 @@ class TestTasks:
             schedule = ["--steps=400", "--eval_interval=400", "--warmup_steps=20", "--learning_rate=5e-3"]
             train_tiny(f"out/{recipe}", "--dataset=answers", f"--recipe={recipe}", *sizes, *schedule)
         paths = [f"out/{recipe}/ckpt.pt" for recipe in ("moe", "serve")]
-        results = run_tasks(*paths, "--tasks=choice", f"--include_path={path}", "--experts=0.5")["results"]
-        acc = lambda path, share: find(results, checkpoint=path, budget=share)["metrics"]["acc"]
-        assert acc(paths[0], 1.0)["value"] > 0.95 and acc(paths[1], 1.0)["value"] > 0.95
-        moe, serve = acc(paths[0], 0.25), acc(paths[1], 0.25)
+        results = run_tasks(*paths, "--tasks=choice", f"--include_path={path}", "--width=0.25", "--experts=0.5")[
+            "results"
+        ]
+        acc = lambda path, **width: find(results, checkpoint=path, **width)["metrics"]["acc"]
+        assert acc(paths[0], budget=1.0)["value"] > 0.95 and acc(paths[1], budget=1.0)["value"] > 0.95
+        moe = acc(paths[0], policy="uniform", budget=0.25)
+        serve = acc(paths[1], policy="fewer experts", budget=0.25)
         assert moe["minus_full"] < -0.15 and moe["minus_full"] < -3 * moe["minus_full_se"]
         assert serve["minus_full"] > -0.08 and serve["minus_full"] - moe["minus_full"] > 0.1
         assert moe["changed"] >= -64 * moe["minus_full"]
