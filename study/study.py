@@ -322,14 +322,20 @@ def plot(rows, base):
             x, y = [mean_loss(rows[name], share) if name in rows else math.nan for share in (1.0, 0.25)]
             if y < mean_loss(rows["moe"], 1.0) + 0.35:  # not models cut to a width they were not trained for
                 ax.plot(x, y, MARKERS[i], color=COLORS[i], markerfacecolor="none" if name != row else None, label=name)
-                flops = f"{rows[name][0]['flops'] / base:.2f}x the FLOPs"
+                flops = f"{rows[name][0]['flops'] / base:.2f}"
                 ax.annotate(flops, (x, y), xytext=(6, 8), textcoords="offset points")
     for more, style in (("", "-"), (MORE, ":")):
         if "narrow quarter" + more in rows:
             y = mean_loss(rows["narrow quarter" + more], 1.0)
             ax.axhline(y, color="k", linestyle=style, linewidth=1, label=f"narrow quarter{more}, at its own width")
     ax.axvline(mean_loss(rows["moe"], 1.0), color="k", linestyle="--", linewidth=1, label="moe at full width")
-    finish(fig, [ax], "tradeoff.png", xlabel="loss at full width", ylabel="loss at a quarter of the experts' FLOPs")
+    finish(
+        fig,
+        [ax],
+        "tradeoff.png",
+        xlabel="loss at full width (numbers: training FLOPs, moe's = 1)",
+        ylabel="loss at a quarter of the FLOPs",
+    )
 
 
 # -----------------------------------------------------------------------------
