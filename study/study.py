@@ -273,7 +273,7 @@ def finish(fig, axes, name, **labels):
         ax.set(**labels)
         ax.margins(0.1)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     fig.tight_layout()
     fig.savefig(HERE / name)
 
