@@ -1,0 +1,142 @@
+"""
+Train and measure the models behind the README's numbers.
+
+    python study/run.py                  # all groups, two runs at a time: many hours
+    python study/run.py trend --jobs=1   # one group: trend, flops, regimes or baselines
+    python study/run.py --only=s2-mose   # the runs whose names begin so
+    python study/report.py               # tables and pictures of what is done
+
+A run calls train.py, then bench.py frontier on last.pt, and writes study/results/NAME.json. A run whose file exists is
+skipped. A stopped run is resumed. All runs are variants of the demo preset, on its dataset: `python prepare.py stdlib`.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import GPT
+from train import PRESETS
+
+RESULTS = Path("study/results")
+SEEDS = (1337, 1338, 1339)
+# All runs have 2,000 steps. The batch is 20 bytes of text for each parameter, divided by the steps
+STEPS = 2000
+SIZES = {  # n_layer, n_embd, n_head, sequences of 128 bytes in a step
+    "s1": (2, 32, 2, 12),  # 0.15M parameters
+    "s2": (2, 48, 2, 26),  # 0.33M
+    "s3": (4, 64, 4, 89),  # 1.1M
+    "s4": (4, 88, 4, 168),  # 2.1M
+}
+RECIPES = ("moe", "mose", "mose-router", "random-experts")
+REGIMES = {
+    "top1": dict(top_k=1, norm_topk_prob=False),
+    "fine": dict(n_expert=32, top_k=8, expert_hidden=48),
+    "shared": dict(n_shared=1),
+    "bias": dict(bias_rate=0.001, balance_coef=0.0),
+}
+BASELINES = {
+    "half": dict(expert_hidden=96),
+    "quarter": dict(expert_hidden=48),
+    "dense": dict(n_expert=1, expert_hidden=384),  # the FLOPs of two experts
+}
+# passes of a step and their mean width, see training_passes in train.py
+COST = {"moe": (1, 1.0), "mose": (2, 0.75), "mose-router": (2, 0.775), "random-experts": (1, 0.6), "m-moe": (1, 0.75)}
+
+
+def model_config(size, options):
+    n_layer, n_embd, n_head, _ = SIZES[size]
+    return replace(PRESETS["demo"][1].model, n_layer=n_layer, n_embd=n_embd, n_head=n_head, vocab_size=320, **options)
+
+
+def equal_steps(steps, recipe, options):
+    """Steps of a recipe at size s2 that cost as many FLOPs as `steps` of the standard MoE."""
+    passes, width = COST[recipe]
+    standard, model = (GPT(model_config("s2", o)).flops_per_token(w) for o, w in (({}, 1.0), (options, width)))
+    return round(steps * standard / (passes * model))
+
+
+def all_runs():
+    """{group: [(name, size, recipe, seed, steps, options of the model)]}."""
+    runs = {"trend": [], "flops": [], "regimes": [], "baselines": []}
+    for seed in SEEDS:
+        for size in SIZES:
+            for recipe in RECIPES if size != "s4" else RECIPES[:3]:
+                runs["trend"].append((f"{size}-{recipe}-{seed}", size, recipe, seed, STEPS, {}))
+        for recipe in RECIPES:
+            steps = equal_steps(2 * STEPS, recipe, {})
+            runs["flops"].append((f"s2-flops-{recipe}-{seed}", "s2", recipe, seed, steps, {}))
+        for regime, options in REGIMES.items():
+            for recipe in RECIPES[:3]:
+                runs["regimes"].append((f"s2-{regime}-{recipe}-{seed}", "s2", recipe, seed, STEPS, options))
+        runs["baselines"].append((f"s2-m-moe-{seed}", "s2", "m-moe", seed, STEPS, {}))
+        for name, options in BASELINES.items():
+            runs["baselines"].append((f"s2-{name}-{seed}", "s2", "moe", seed, STEPS, options))
+        for name in ("half", "quarter"):
+            steps = equal_steps(STEPS, "moe", BASELINES[name])
+            runs["baselines"].append((f"s2-flops-{name}-{seed}", "s2", "moe", seed, steps, BASELINES[name]))
+    return runs
+
+
+def hardware():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return f"one thread of {names[0] if names else platform.processor()}"
+
+
+def run(name, size, recipe, seed, steps, options):
+    """Train and measure one model, in two processes. Their output goes to out/study/NAME.txt."""
+    result, out = RESULTS / f"{name}.json", Path("out/study", name)
+    if result.exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    n_layer, n_embd, n_head, batch_size = SIZES[size]
+    arguments = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, batch_size=batch_size, recipe=recipe, seed=seed)
+    arguments |= dict(total_batch_size=128 * batch_size, max_iters=steps, warmup_iters=steps // 20, eval_interval=1000)
+    arguments |= options
+    flags = [f"--no-{key}" if value is False else f"--{key}={value}" for key, value in arguments.items()]
+    flags += ["--resume"] if (out / "last.pt").exists() else []
+    with open(f"{out}.txt", "a") as log:
+        for command in (["train.py", "demo", f"--out_dir={out}", *flags], ["bench.py", "frontier", f"{out}/last.pt"]):
+            subprocess.run([sys.executable, *command], stdout=log, stderr=log, check=True)
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    parameters = sum(p.numel() for name, p in checkpoint["model"].items() if name != "lm_head.weight")
+    summary = dict(name=name, size=size, recipe=recipe, seed=seed, arguments=arguments)
+    summary |= dict(parameters=parameters, tokens=steps * 128 * batch_size, training_flops=checkpoint["flops"])
+    summary |= dict(hardware=hardware(), torch=torch.__version__)
+    points = json.loads((out / "frontier.json").read_text())["points"]
+    temporary = result.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary | dict(points=points), indent=1))
+    temporary.rename(result)
+    print(name, flush=True)
+
+
+def main(groups: tyro.conf.Positional[tuple[str, ...]] = (), only: str = "", jobs: int = 2):
+    """Do the runs that are not done yet.
+
+    Args:
+        groups: trend, flops, regimes, baselines; none means all
+        only: the beginning of the names of runs
+        jobs: runs at the same time, one thread each
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    RESULTS.mkdir(exist_ok=True)
+    runs = all_runs()
+    with ThreadPoolExecutor(jobs) as pool:
+        chosen = [r for group in groups or runs for r in runs[group] if r[0].startswith(only)]
+        for future in [pool.submit(run, *r) for r in chosen]:
+            future.result()
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
