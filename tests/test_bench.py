@@ -92,17 +92,15 @@ def test_test_time_training_moves_towards_lower_loss_and_keeps_the_budget(checkp
         for block in model.transformer.h:
             block.mlp.router.weight *= 4
     batches = prepare.open_dataset("text", 32)[1].eval_batches(4000, 6, between=True)[:20]
-    for budget in (0.25, 0.4, 0.9):
-        start, learned = (
-            RouterWidth(budget),
-            bench.test_time_train(model, batches, budget, "cpu", torch.float32, per_layer),
+    for budget in (0.25, 0.5, 0.875):
+        learned = bench.test_time_train(model, batches, budget, "cpu", torch.float32, per_layer)
+        before, after = (
+            train.estimate_loss(model, batches, policy, "cpu", torch.float32)[0].mean()
+            for policy in (RouterWidth(budget), learned)
         )
-        before, after = (train.estimate_loss(model, batches, p, "cpu", torch.float32)[0] for p in (start, learned))
-        assert after.mean() <= before.mean()
-        budgets = [p.budget for p in learned.policies]
-        assert (
-            sum(budgets) == pytest.approx(2 * round(16 * budget) / 16) and min(budgets) >= 1 / 16 and max(budgets) <= 1
-        )
+        assert after <= before
+        budgets = [policy.budget for policy in learned.policies]
+        assert sum(budgets) == 2 * budget and min(budgets) >= 1 / 16 and max(budgets) <= 1
     gammas = {p.gamma for p in bench.test_time_train(model, batches, 0.25, "cpu", torch.float32, per_layer).policies}
     assert gammas != {1.0} and len(gammas) == (2 if per_layer else 1)
 
