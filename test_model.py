@@ -3,37 +3,25 @@
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from model import (
-    GPT,
-    STEPS,
-    GPTConfig,
-    KVCache,
-    PerLayer,
-    RouterWidth,
-    TopExperts,
-    UsageError,
-    width_to_neurons,
-)
+from model import GPT, STEPS, GPTConfig, KVCache, PerLayer, RouterWidth, TopExperts, UsageError, width_to_neurons
+
 
 torch.set_num_threads(1)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
-def tiny_config(**options):
-    defaults = dict(block_size=32, vocab_size=64, n_layer=2, n_head=1, n_embd=32, n_expert=4, moe_every=1)
-    return GPTConfig(**defaults | options)
-
-
 def tiny_model(**options):
     """A GPT with weights so large that its routers have clear preferences."""
     torch.manual_seed(0)
-    model = GPT(tiny_config(**options))
+    defaults = dict(block_size=32, vocab_size=64, n_layer=2, n_head=1, n_embd=32, n_expert=4, moe_every=1)
+    model = GPT(GPTConfig(**defaults | options))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.2)
@@ -58,38 +46,37 @@ def relative_error(a, b, floor=1e-6):
 
 
 def reference_layer(layer, x, width):
-    """A layer token by token and expert by expert, in float64. Experts and widths are chosen in float32, as in model.py.
+    """A layer token by token and expert by expert, in float64. It chooses experts and widths in float32, as model.py.
 
-    x: (N, d). width: a number or a policy. A width between two steps is a mixture of both.
+    x: (N, d). width: a number of whole steps, or a policy. A width between two steps is a mixture of both.
     """
     c, router, w_in, w_out = layer.config, layer.router.weight, layer.w_in.double(), layer.w_out.double()
     probs = F.linear(x.float(), router.float()).softmax(-1)
     chosen = (probs + layer.bias).topk(c.top_k).indices
     chosen = chosen.gather(-1, probs.gather(-1, chosen).argsort(-1, descending=True))  # the likeliest first
     exact = F.linear(x.double(), router.double()).softmax(-1).gather(-1, chosen)
-    uniform = isinstance(width, float)
-    widths = torch.full_like(exact, width) if uniform else width.widths(probs.gather(-1, chosen).detach()).double()
+    if isinstance(width, float):
+        widths = torch.full_like(exact, width)
+    else:
+        widths = width.widths(probs.gather(-1, chosen).detach()).double()
 
-    def expert(e, token, width):
-        h = width_to_neurons(width, c.hidden) if width > 0 else 0
+    def expert(e, token, step):
+        h = width_to_neurons(step / STEPS, c.hidden) if step > 0 else 0
         return F.gelu(w_in[e, :h] @ token) @ w_out[e, :h]
 
-    def mixture(e, token, width):
-        if uniform:
-            return expert(e, token, width.item())
-        low = min(math.floor(STEPS * width), STEPS - 1)
-        share = STEPS * width - low
-        return (1 - share) * expert(e, token, low / STEPS) + share * expert(e, token, (low + 1) / STEPS)
+    def mixture(e, token, steps):
+        low = min(math.floor(steps), STEPS - 1)
+        return (low + 1 - steps) * expert(e, token, low) + (steps - low) * expert(e, token, low + 1)
 
     outputs = []
     for n, token in enumerate(x.double()):
         weights = exact[n] * (widths[n] > 0)
         if c.norm_topk_prob:
             weights = weights / weights.sum()
-        y = sum(p * mixture(e, token, w) for e, p, w in zip(chosen[n], weights, widths[n]))
-        shared = widths[n].mean()
-        if not uniform and not getattr(width, "continuous", False):
-            shared = (STEPS * shared).round() / STEPS
+        y = sum(p * mixture(e, token, STEPS * w) for e, p, w in zip(chosen[n], weights, widths[n]))
+        shared = STEPS * widths[n].mean()
+        if not getattr(width, "continuous", False):
+            shared = shared.round()
         outputs.append(y + sum(mixture(c.n_expert + i, token, shared) for i in range(c.n_shared)))
     return torch.stack(outputs)
 
@@ -104,19 +91,11 @@ def check_layer(layer, x, y, width, tolerance=1e-5):
         assert relative_error(got, slow, floor=1) < 5 * tolerance  # the router of top-1 can have a gradient of 0
 
 
-class AnyWidths:
-    """A policy of the reader's own."""
-
-    def widths(self, probs):
-        steps = (1000 * probs).long() % (STEPS + 1)
-        steps[:, -1] = 3  # at least one expert must run
-        return steps / STEPS
-
-
 WIDTHS = {
-    "full": 1.0, "half": 0.5, "0.3": 0.3, "router 0.5": RouterWidth(0.5), "router 0.25": RouterWidth(0.25, 3.0),
-    "router 0.9": RouterWidth(0.9, 0.5), "top 1": TopExperts(1), "top 1.6": TopExperts(1.6), "own": AnyWidths(),
+    "full": 1.0, "half": 0.5, "router 0.5": RouterWidth(0.5), "router 0.25": RouterWidth(0.25, 3.0),
+    "router 0.9": RouterWidth(0.9, 0.5), "top 1": TopExperts(1), "top 1.6": TopExperts(1.6),
     "blend": RouterWidth(0.4, 2.0, continuous=True), "blend full": RouterWidth(1.0, continuous=True),
+    "own": SimpleNamespace(widths=lambda probs: 1 - (STEPS * probs).floor() / STEPS),
 }  # fmt: skip
 LAYERS = {
     "top-2": dict(), "top-1": dict(top_k=1), "top-1, not normalized": dict(top_k=1, norm_topk_prob=False),
@@ -193,24 +172,16 @@ def test_router_losses_load_and_width_follow_their_formulas(width, neurons):
 
 
 def test_neurons_are_the_nearest_multiple_of_8_and_at_least_8():
-    for hidden in (8, 72, 1536):
-        for width in (0.001, 0.1, 0.3, 0.5, 0.77, 1.0, 1):
-            best = min(abs(h - width * hidden) for h in range(8, hidden + 1, 8))
-            assert width_to_neurons(width, hidden) % 8 == 0
-            assert abs(width_to_neurons(width, hidden) - width * hidden) == pytest.approx(best)
+    assert [width_to_neurons(w, 72) for w in (0.001, 0.1, 0.3, 0.55, 0.9, 1)] == [8, 8, 24, 40, 64, 72]
 
 
 def water_filling(probs, total, gamma):
-    """Split the total in proportion to p^gamma among the experts that are not full, until all of it is given out."""
-    width, share = [0.0] * len(probs), [p**gamma for p in probs]
-    while total > 1e-12:
-        free = [i for i, w in enumerate(width) if w < 1 - 1e-12]
-        norm = sum(share[i] for i in free)
-        given = min(total, *((1 - width[i]) / share[i] * norm for i in free))
-        for i in free:
-            width[i] += given * share[i] / norm
-        total -= given
-    return torch.tensor(width)
+    """Widths min(1, level * p^gamma), with the level at which they add up to the total."""
+    share = probs.double() ** gamma
+    for n_full in range(len(probs)):
+        level = (total - n_full) / share[n_full:].sum()
+        if level * share[n_full] < 1 + 1e-6:
+            return (level * share).clamp_max(1)
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -224,25 +195,23 @@ def test_router_widths_split_the_budget_and_keep_its_sum(k):
     for row, p, b, g in zip(widths, probs, budget[:, 0].tolist(), gamma[:, 0].tolist()):
         assert torch.equal(RouterWidth(b, g).widths(p[None])[0], row)
         # rounding a running sum moves a width by one step at most
-        assert (row - water_filling(p.tolist(), row.sum().item(), g)).abs().max() <= 1 / STEPS + 1e-4
+        assert (row - water_filling(p, row.sum().item(), g)).abs().max() <= 1 / STEPS + 1e-4
         exact = RouterWidth(b, g, continuous=True).widths(p[None])[0]
-        assert (exact - water_filling(p.tolist(), k * b, g)).abs().max() < 1e-4
+        assert (exact - water_filling(p, k * b, g)).abs().max() < 1e-4
 
 
-def test_gamma_0_is_uniform_and_a_large_gamma_drops_experts():
-    probs = torch.tensor([[0.5, 0.3], [0.9, 0.1]])
-    assert RouterWidth(0.5, 0.0).widths(probs).tolist() == [[0.5, 0.5]] * 2
-    assert RouterWidth(0.5, 1e6).widths(probs).tolist() == [[1, 0]] * 2
-    assert RouterWidth(0.75, 1e6).widths(probs).tolist() == [[1, 0.5]] * 2
-    assert RouterWidth(1.0, 3.0).widths(probs).tolist() == [[1, 1]] * 2
-    assert RouterWidth(0.01).widths(probs).sum(-1).tolist() == [1 / STEPS] * 2
-
-
-def test_top_experts_run_the_likeliest_first_and_the_last_in_part():
-    rows = {3: [1, 1, 1], 1.5: [1, 0.5, 0], 1: [1, 0, 0], 0.5: [0.5, 0, 0], 2.26: [1, 1, 0.25], 0.01: [0.125, 0, 0]}
-    probs = torch.tensor([[0.5, 0.3, 0.1]]).expand(len(rows), -1)
-    assert TopExperts(torch.tensor(list(rows)).unsqueeze(1)).widths(probs).tolist() == list(rows.values())
-    assert all(TopExperts(n).widths(probs[:1]).tolist() == [row] for n, row in rows.items())
+@pytest.mark.parametrize("policy, widths", [
+    (RouterWidth(0.5, 0.0), [[0.5, 0.5], [0.5, 0.5]]),
+    (RouterWidth(0.5, 1e6), [[1, 0], [1, 0]]),
+    (RouterWidth(0.75, 1e6), [[1, 0.5], [1, 0.5]]),
+    (RouterWidth(1.0, 3.0), [[1, 1], [1, 1]]),
+    (RouterWidth(0.01, 3.0), [[0.125, 0], [0.125, 0]]),
+    (TopExperts(3), [[1, 1], [1, 1]]),
+    (TopExperts(1.3), [[1, 0.25], [1, 0.25]]),
+    (TopExperts(torch.tensor([[0.01], [0.5]])), [[0.125, 0], [0.5, 0]]),
+])  # fmt: skip
+def test_policies_give_widths_by_confidence_or_by_rank(policy, widths):
+    assert policy.widths(torch.tensor([[0.5, 0.3], [0.9, 0.1]])).tolist() == widths
 
 
 def test_blend_equals_the_rounded_policy_at_whole_steps_and_has_the_right_gradient():
@@ -280,7 +249,7 @@ def test_generated_text_is_the_argmax_of_full_passes_also_past_the_context(width
 
 
 def test_tokens_are_sampled_as_often_as_they_are_likely_and_only_those_allowed():
-    model, idx = GPT(tiny_config()).eval(), torch.zeros(4000, 1, dtype=torch.long)
+    model, idx = tiny_model().eval(), torch.zeros(4000, 1, dtype=torch.long)
     top = (model(idx[:1])[0][0, -1, :20] / 0.5).topk(5)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     texts = [model.generate(idx, 2, temperature=0.5, top_k=5, n_vocab=20, generator=g) for g in generators]
@@ -291,7 +260,7 @@ def test_tokens_are_sampled_as_often_as_they_are_likely_and_only_those_allowed()
 
 @pytest.mark.parametrize("options", [dict(), dict(n_shared=1, moe_every=2), dict(n_expert=1), dict(top_k=3)], ids=str)
 def test_flops_are_those_that_torch_counts(options):
-    model, idx = GPT(tiny_config(**options)).eval(), random_tokens(2, 24)
+    model, idx = tiny_model(**options).eval(), random_tokens(2, 24)
     uncounted = {
         torch.ops.aten._grouped_mm: lambda a, b, *args, **kwargs: 2 * a[0] * a[1] * b[-1],
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **kw: sdpa_flop_count(q, k, v),
@@ -307,7 +276,7 @@ def test_flops_are_those_that_torch_counts(options):
 
 
 def test_parameters_have_their_names_shapes_and_counts():
-    model = GPT(tiny_config(n_shared=1, bias_rate=0.1))
+    model = tiny_model(n_shared=1, bias_rate=0.1)
     shapes = {name: tuple(p.shape) for name, p in model.transformer.h[0].mlp.state_dict().items()}
     assert shapes == {"bias": (4,), "router.weight": (4, 32), "w_in": (5, 128, 32), "w_out": (5, 128, 32)}
     total = sum(p.numel() for p in model.parameters())
@@ -316,24 +285,19 @@ def test_parameters_have_their_names_shapes_and_counts():
         assert round(GPT(GPTConfig()).num_params()[0] / 1e5) == 551  # the paper's 55M
 
 
-def nanogpt_logits(p, idx, n_layer, n_head):
-    """nanoGPT's forward pass without biases, from its parameters by name."""
-    x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][: idx.size(1)]
-    B, T, d = x.shape
-    for layer in range(n_layer):
-        w = {name: p[f"transformer.h.{layer}.{name}.weight"] for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj")}
-        w |= {name: p[f"transformer.h.{layer}.{name}.weight"] for name in ("mlp.c_fc", "mlp.c_proj")}
-        qkv = F.linear(F.layer_norm(x, (d,), w["ln_1"]), w["attn.c_attn"]).split(d, dim=2)
-        q, k, v = (t.view(B, T, n_head, d // n_head).transpose(1, 2) for t in qkv)
-        att = (q @ k.mT / math.sqrt(d // n_head)).masked_fill(torch.ones(T, T).tril() == 0, -math.inf)
-        x = x + F.linear((att.softmax(-1) @ v).transpose(1, 2).reshape(B, T, d), w["attn.c_proj"])
-        x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (d,), w["ln_2"]), w["mlp.c_fc"])), w["mlp.c_proj"])
-    return F.linear(F.layer_norm(x, (d,), p["transformer.ln_f.weight"]), p["lm_head.weight"])
-
-
 def test_dense_model_gives_the_logits_of_nanogpt():
-    model, idx = tiny_model(n_expert=1, n_head=2, n_layer=3, dropout=0.5).eval(), random_tokens(2, 20)
-    assert relative_error(model(idx)[0], nanogpt_logits(model.state_dict(), idx, n_layer=3, n_head=2)) < 1e-6
+    model, idx = tiny_model(n_expert=1, n_head=2, dropout=0.5).eval(), random_tokens(3, 20)
+    p = {name.removesuffix(".weight"): p.double() for name, p in model.state_dict().items()}  # nanoGPT's names
+    x = p["transformer.wte"][idx] + p["transformer.wpe"][:20]
+    for h in ("transformer.h.0.", "transformer.h.1."):
+        y = F.layer_norm(x, (32,), p[h + "ln_1"])
+        q, k, v = (y @ w.T for w in p[h + "attn.c_attn"].split(32))
+        q, k, v = (t.view(3, 20, 2, 16).transpose(1, 2) for t in (q, k, v))
+        att = (q @ k.mT / math.sqrt(16)).masked_fill(torch.ones(20, 20).tril() == 0, -math.inf).softmax(-1)
+        x = x + (att @ v).transpose(1, 2).reshape(3, 20, 32) @ p[h + "attn.c_proj"].T
+        y = F.layer_norm(x, (32,), p[h + "ln_2"])
+        x = x + F.gelu(y @ p[h + "mlp.c_fc"].T) @ p[h + "mlp.c_proj"].T
+    assert relative_error(model(idx)[0], F.layer_norm(x, (32,), p["transformer.ln_f"]) @ p["lm_head"].T) < 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -396,9 +360,9 @@ def test_nan_in_a_router_becomes_a_nan_loss():
     (lambda: tiny_model(n_expert=1)(random_tokens(1, 2), width=0.5), "dense model"),
     (lambda: tiny_model(n_expert=1)(random_tokens(1, 2), width=TopExperts(1)), "dense model"),
     (lambda: tiny_model()(random_tokens(1, 33)), "33 tokens are more than block_size = 32"),
-    (lambda: tiny_config(n_head=3), "n_embd 32 must be divisible by n_head 3"),
-    (lambda: tiny_config(top_k=5), "top_k 5 must be at most n_expert 4"),
-    (lambda: tiny_config(expert_hidden=20), "n_embd 32 and expert_hidden 20 must be multiples of 8"),
+    (lambda: tiny_model(n_head=3), "n_embd 32 must be divisible by n_head 3"),
+    (lambda: tiny_model(top_k=5), "top_k 5 must be at most n_expert 4"),
+    (lambda: tiny_model(expert_hidden=20), "n_embd 32 and expert_hidden 20 must be multiples of 8"),
 ])  # fmt: skip
 def test_mistakes_are_refused_in_one_line(call, message):
     with pytest.raises(UsageError, match=message):

@@ -154,10 +154,10 @@ def test_a_killed_process_and_two_at_the_same_time_leave_a_complete_dataset():
     run("a.txt", name="mine")
     make({"a.txt": "some longer text\n" * 2_000_000})
     process = start("a.txt", "--name=mine")
-    while not list(Path("data").glob(".mine.*/new/")):
+    while process.poll() is None and not list(Path("data").glob(".mine.*/new/")):
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -9
     assert documents("mine") == ["short text\n"]
     make({"a.txt": "A new text!\n"})
     processes = [start(source, "--name=two") for source in ("a.txt", "b.txt")] + [start("a.txt", "--name=mine")]
