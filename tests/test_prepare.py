@@ -81,14 +81,14 @@ def test_thousands_of_files_are_read_in_linear_time_and_in_random_but_fixed_orde
 
 
 def test_links_are_followed_and_each_file_is_read_once():
-    make({"real/sub/a.txt": "a text to read", "cache/0f3a": "a text without suffix", "links/c.txt": "c"})
+    make({"real/sub/a.txt": "one text", "real/b.txt": "in a linked folder", "cache/0f3a": "no suffix", "in/c.txt": "c"})
     for target, link in [
-        ("../real", "links/folder"), ("../real", "links/too"), ("../real/sub/a.txt", "links/b.txt"), ("..", "real/sub/up"),
-        ("loop.txt", "links/loop.txt"), ("nowhere", "links/c.md"), ("../cache/0f3a", "links/d.txt"), ("d.txt", "links/e"),
+        ("../real", "in/folder"), ("../real", "in/too"), ("../real/sub/a.txt", "in/d.txt"), ("..", "real/sub/loop"),
+        ("loop.txt", "in/loop.txt"), ("nowhere", "in/e.txt"), ("../cache/0f3a", "in/f.txt"), ("../cache/0f3a", "in/g"),
     ]:  # fmt: skip
         os.symlink(target, link)
-    run("links", "links/c.txt")
-    assert sorted(documents("links")) == ["a text to read", "a text without suffix", "c"]
+    run("in", "in/c.txt")
+    assert sorted(documents("in")) == ["c", "in a linked folder", "no suffix", "one text"]
 
 
 def test_rows_of_any_kind_are_read_and_those_without_text_counted(capsys):
