@@ -4,15 +4,13 @@ Train and measure the models behind the README's numbers.
     python study/run.py                  # all groups, two runs at a time: many hours
     python study/run.py trend --jobs=1   # one group: trend, flops, regimes or baselines
     python study/run.py --only=s2-mose   # the runs whose names begin so
-    python study/report.py               # tables and pictures of what is done
 
 A run calls train.py, then bench.py frontier on last.pt, and writes study/results/NAME.json. A run whose file exists is
-skipped. A stopped run is resumed. All runs are variants of the demo preset, on its dataset: `python prepare.py stdlib`.
+skipped, and a stopped run is resumed. All are variants of the demo preset, on its dataset. report.py makes the tables.
 """
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +26,7 @@ from train import PRESETS
 
 RESULTS = Path("study/results")
 SEEDS = (1337, 1338, 1339)
-# All runs have 2,000 steps. The batch is 20 bytes of text for each parameter, divided by the steps
-STEPS = 2000
+STEPS = 2000  # of all runs; a step's batch is 20 bytes of text for each parameter, divided by the steps
 SIZES = {  # n_layer, n_embd, n_head, sequences of 128 bytes in a step
     "s1": (2, 32, 2, 12),  # 0.15M parameters
     "s2": (2, 48, 2, 26),  # 0.33M
@@ -89,9 +86,8 @@ def all_runs():
 def hardware():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return f"one thread of {names[0] if names else platform.processor()}"
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"one thread of {names[0].split(': ')[1]}"
 
 
 def run(name, size, recipe, seed, steps, options):
