@@ -126,7 +126,6 @@ def main(groups: tyro.conf.Positional[tuple[str, ...]] = (), only: str = "", job
         jobs: runs at the same time, one thread each
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    RESULTS.mkdir(exist_ok=True)
     runs = all_runs()
     with ThreadPoolExecutor(jobs) as pool:
         chosen = [r for group in groups or runs for r in runs[group] if r[0].startswith(only)]

@@ -105,14 +105,6 @@ def test_test_time_training_moves_towards_lower_loss_and_keeps_the_budget(checkp
     assert gammas != {1.0} and len(gammas) == (2 if per_layer else 1)
 
 
-def test_skip_and_top_p_are_their_definitions():
-    probs = torch.rand(50, 4).sort(-1, descending=True).values
-    skip, top_p = bench.Skip(0.4).widths(probs), bench.TopP(0.4).widths(probs)
-    for p, s, t in zip(probs.tolist(), skip.tolist(), top_p.tolist()):
-        assert s == [float(q >= 0.4 * p[0]) for q in p]
-        assert t == [float(sum(p[:i]) <= 0.4 * sum(p)) for i in range(4)]
-
-
 def test_speed_writes_times_of_every_width_beside_dense_networks(checkpoint, monkeypatch):
     monkeypatch.setitem(bench.PRESETS, "demo", ("", train.parse_args(OPTIONS)))
     run(monkeypatch, "speed", "--seconds=0", "--batch_size=2")
@@ -122,12 +114,6 @@ def test_speed_writes_times_of_every_width_beside_dense_networks(checkpoint, mon
         for table in ("layer, forward", "layer, forward and backward", "training step", "decoding, batch 1")
     }  # fmt: skip
     assert all(r["seconds"] > 0 for r in results) and Path("out/demo/speed.png").exists()
-
-
-def test_cases_are_timed_in_turns():
-    calls = []
-    times = bench.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", 0)
-    assert calls == list("aabb" + "ab" * 3) and times.keys() == {"a", "b"}
 
 
 def test_mistakes_are_refused_in_one_line_before_anything_is_measured(checkpoint, monkeypatch):

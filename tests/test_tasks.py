@@ -104,19 +104,6 @@ def test_results_are_those_of_a_slow_loop_and_differences_are_paired(folder, mon
     assert "choice nats: " in out and "|word " in out
 
 
-def test_whole_texts_are_scored_in_windows_of_the_context(folder):
-    model, saved = train.load_model("ckpt.pt")
-    lm = tasks.MoSELM(model, saved, 0.5, "cpu", 4)
-    text = "a text that is far longer than the context of thirty-two tokens, twice"
-    ids, expected = [256, *text.encode()], 0.0
-    for start in range(0, len(ids) - 1, 32):
-        window = ids[start : start + 33]
-        logits = model(torch.tensor([window[:-1]]), width=0.5)[0][0, :, :257].double()
-        expected -= F.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
-    request = type("Request", (), {"args": (text,)})
-    assert lm.loglikelihood_rolling([request]) == [pytest.approx(expected, rel=1e-5)]
-
-
 def test_mistakes_are_refused_in_one_line(folder, monkeypatch):
     for args, message in (
         (("--tasks", "nothing"), "lm_eval has no task nothing"),

@@ -1,10 +1,8 @@
 """train.py: recipes, resuming bit for bit after any stop, several processes, and refusals, through the command line."""
 
 import json
-import math
 import os
 import pty
-import random
 import signal
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import torch
 
 import prepare
 import train
-from model import GPT, RouterWidth, UsageError
+from model import GPT, UsageError
 
 SCRIPT = Path(train.__file__)
 SMALL = (
@@ -124,19 +122,6 @@ def test_two_processes_give_the_run_of_one_and_save_when_stopped():
     assert_same_run("out/one", "out/two", tolerance=1e-4)
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_many_times_equals_uninterrupted_run():
-    rng, started = random.Random(0), False
-    while not (started and torch.load("out/killed/last.pt")["step"] == 12):
-        resume = ["--resume"] if Path("out/killed/last.pt").exists() else []
-        process = start("--out_dir=out/killed", *resume, stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(2.5, 6))
-        process.kill()
-        process.wait()
-        started = Path("out/killed/last.pt").exists()
-    assert_same_run("out/whole", "out/killed")
-
-
 def test_recipes_draw_the_widths_that_they_promise():
     probs, rng = torch.rand(8 * 32, 2), np.random.default_rng(0)
     config = {recipe: train.parse_args([*SMALL, f"--recipe={recipe}"]) for recipe in RECIPES}
@@ -226,13 +211,6 @@ def test_weights_and_biases_gets_every_step_and_continues_its_run(monkeypatch):
     run("--wandb_project=p", "--out_dir=out/wandb", "--max_iters=3")
     run("--resume", "--out_dir=out/wandb", "--max_iters=5")
     assert started == [None, "run-7"] and sorted(set(logged)) == list(range(6))
-
-
-def test_weights_are_converted_once_for_inference_but_not_routers():
-    model, _ = train.load_model("out/whole/ckpt.pt", dtype=torch.bfloat16)
-    assert {p.dtype for name, p in model.named_parameters() if "router" in name} == {torch.float32}
-    assert {p.dtype for name, p in model.named_parameters() if "router" not in name} == {torch.bfloat16}
-    assert math.isfinite(model(torch.zeros(1, 8, dtype=torch.long), width=RouterWidth(0.5))[0].sum().item())
 
 
 @pytest.mark.parametrize("args, message", [
