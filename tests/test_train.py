@@ -218,7 +218,6 @@ def test_weights_and_biases_gets_every_step_and_continues_its_run(monkeypatch):
     ("--resume --out_dir=out/none", "cannot read the checkpoint out/none/last.pt: No such file"),
     ("--out_dir=out/whole", "out/whole already holds a run: continue it with --resume"),
     ("--resume --out_dir=out/whole --recipe=moe", "the run in out/whole has --recipe=mose: it cannot be changed"),
-    ("--resume --out_dir=out/whole --seed=1", "has --seed=1337: it cannot be changed"),
     ("--resume --out_dir=out/whole --n_expert=8", "has another model or other data"),
     ("--n_expert=1", "a dense model has no widths for recipe mose to train: choose --recipe=moe"),
     ("--top_k=1", "top_k=1 needs --no-norm_topk_prob"),
