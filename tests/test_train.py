@@ -85,14 +85,14 @@ def assert_same_run(a, b, tolerance=0.0):
 def test_stopped_and_resumed_run_equals_uninterrupted_run(number):
     out = f"out/{number.name}"
     process = start(f"--out_dir={out}", stdout=subprocess.PIPE)
-    wait_for_step(out, 7)
+    wait_for_step(out, 6)
     process.send_signal(number)
     shown, _ = process.communicate()
     step = torch.load(f"{out}/last.pt")["step"]
     if number == signal.SIGKILL:
         assert step == 5, "the last evaluation"
     else:
-        assert process.returncode == 130 and step > 7
+        assert process.returncode == 130 and step > 6
         assert number == signal.SIGHUP or f"stopped after step {step}. Continue with --resume" in shown
     run("--resume", f"--out_dir={out}")
     assert_same_run("out/whole", out)
