@@ -55,7 +55,6 @@ def test_each_width_gets_the_text_that_the_model_generates(model, monkeypatch, c
     (["--trained"], "--trained and --gamma need a --budget"),
     (["--budget", "0.25", "--trained"], "run bench.py frontier ckpt.pt --budgets 0.25"),
     (["--width", "2"], "width must be above 0 and at most 1, not 2"),
-    (["--prompt=FILE:none.txt"], "none.txt"),
     (["--prompt=" + 64 * "x"], "the prompt has 65 tokens, more than the context of 64"),
 ])  # fmt: skip
 def test_mistakes_are_refused_in_one_line(monkeypatch, args, message):

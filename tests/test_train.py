@@ -18,6 +18,7 @@ import prepare
 import train
 from model import GPT, UsageError
 
+torch.set_num_threads(1)  # as in the processes that the tests start: results are the same bit for bit
 SCRIPT = Path(train.__file__)
 SMALL = (
     "demo --dataset=text --n_layer=2 --n_embd=32 --n_head=2 --n_expert=4 --block_size=32 --batch_size=8 "
