@@ -25,7 +25,7 @@ data/stdlib/meta.json: | .venv/installed
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
-		(echo "$(PYTHON) is not Python 3.11 or later: name one, as in make PYTHON=python3.12"; exit 1)
+		(echo "$(PYTHON) is not Python 3.11 or later: choose another one, for example: make PYTHON=python3.12"; exit 1)
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -45,7 +45,7 @@ def relative_error(a, b, floor=1e-6):
 
 
 def reference_layer(layer, x, width):
-    """A layer token by token and expert by expert, in float64. It chooses experts and widths in float32, as model.py.
+    """A layer token by token and expert by expert, in float64. It chooses experts and widths in float32, like model.py.
 
     x: (N, d). width: a number of whole steps, or a policy. A width between two steps is a mixture of both.
     """
@@ -112,7 +112,7 @@ def test_layer_and_its_gradients_match_slow_formula(options, width, dtype, devic
     sizes = dict(n_embd=8 * rng.randint(1, 6), expert_hidden=8 * rng.randint(1, 20))
     layer = tiny_layer(**sizes | LAYERS[options]).to(device, torch.float32 if low else dtype)
     if options == "bias":
-        layer.state_dict()["bias"] += torch.linspace(-0.3, 0.3, 4, device=device)  # a checkpoint holds it
+        layer.state_dict()["bias"] += torch.linspace(-0.3, 0.3, 4, device=device)  # checkpoints contain the bias
     x = torch.randn(2, rng.randint(1, 12), layer.config.n_embd).to(layer.w_in).requires_grad_()
     with torch.autocast(device, torch.bfloat16, enabled=low):
         y, _ = run_layer(layer, x, WIDTHS[width])
@@ -196,7 +196,7 @@ def test_router_widths_split_the_budget_and_keep_its_sum(k):
 @pytest.mark.parametrize("policy, widths", [
     (RouterWidth(0.5, 0.0), [[0.5, 0.5], [0.5, 0.5]]),
     (RouterWidth(0.75, 1e6), [[1, 0.5], [1, 0.5]]),
-    (RouterWidth(0.01, 3.0), [[0.125, 0], [0.125, 0]]),
+    (RouterWidth(0.01, 0.0), [[0.125, 0], [0.125, 0]]),
     (TopExperts(1.35), [[1, 0.375], [1, 0.375]]),
     (TopExperts(torch.tensor([[0.01], [0.5]])), [[0.125, 0], [0.5, 0]]),
 ])  # fmt: skip
@@ -204,7 +204,7 @@ def test_policies_give_widths_by_confidence_or_by_rank(policy, widths):
     assert policy.widths(torch.tensor([[0.5, 0.3], [0.9, 0.1]])).tolist() == widths
 
 
-def test_blend_equals_the_rounded_policy_at_whole_steps_and_has_the_right_gradient():
+def test_continuous_policy_equals_the_rounded_one_at_whole_steps_and_has_the_right_gradient():
     layer, x = tiny_layer(n_shared=1, top_k=3).double(), torch.randn(20, 32).double()
     blend = lambda budget, gamma: layer(x, RouterWidth(budget, gamma, continuous=True))[0]
     for budget in (0.125, 0.5, 1.0):
@@ -266,7 +266,7 @@ def test_flops_are_those_that_torch_counts(options):
     assert model.flops_per_token() == model.flops_per_token(width=1.0, seq_len=32)
 
 
-def test_parameters_are_counted_in_all_and_for_a_token():
+def test_num_params_counts_all_parameters_and_those_that_one_token_uses():
     model = tiny_model(n_shared=1)
     total = sum(p.numel() for p in model.parameters())
     assert model.num_params() == (total, total - 2 * 2 * 2 * 32 * 128)  # two idle experts in each of two layers

@@ -2,7 +2,7 @@
 Write study/tables.md and study/trend.png from study/results/*.json, the files that run.py wrote.
 
 Losses are nats per byte on the same 131,072 validation bytes. "half" and "a quarter" are shares of the experts' FLOPs,
-each at the policy with the lowest loss. Errors are standard errors over seeds, of differences paired by seed.
+each at the policy with the lowest loss. Errors are standard errors over seeds. Differences are paired by seed.
 """
 
 import json
@@ -25,12 +25,12 @@ TABLES = {  # title: pairs of runs and the standard MoE that they are compared w
 
 
 def best(run, share):
-    """The lowest loss of a run at a share of its experts' FLOPs, or None if no policy runs so little."""
+    """The lowest loss of a run at a share of its experts' FLOPs, or None if all policies use more."""
     return min((p["loss"] for p in run["points"] if p["mean_width"] <= share + 0.005), default=None)
 
 
 def one_expert(run):
-    """The loss with one of two experts, or None if the model has not two."""
+    """The loss with one of two experts, or None if the model does not select two."""
     points = run["points"] if run["arguments"].get("top_k", 2) == 2 else []
     return next((p["loss"] for p in points if (p["policy"], p["budget"]) == ("top experts", 0.5)), None)
 
@@ -94,7 +94,7 @@ def plot_trend(results, path):
                 runs, standard = results.get(f"{size}-{recipe}", {}), results.get(f"{size}-moe", {})
                 values = paired(runs, standard, lambda run, share=share: best(run, share), lambda run: best(run, 1.0))
                 points += [(next(iter(runs.values()))["parameters"] / 1e6, *mean_and_error(values))] if values else []
-            if recipe != "moe" or share == 0.5:  # at full width it is zero, and at a quarter far away
+            if recipe != "moe" or share == 0.5:  # moe is 0 at full width, and far from the others at a quarter
                 ax.errorbar(*zip(*points), marker="o", capsize=3, label=recipe, color=colour)
         ax.axhline(0, color="grey", linewidth=0.8)
         ax.set(title=title, xlabel="parameters, millions", xscale="log")

@@ -3,7 +3,7 @@ Train and measure the models behind the README's numbers.
 
     python study/run.py                  # all groups, two runs at a time: many hours
     python study/run.py trend --jobs=1   # one group: trend, flops, regimes or baselines
-    python study/run.py --only=s2-mose   # the runs whose names begin so
+    python study/run.py --only=s2-mose   # the runs whose names begin with s2-mose
 
 A run calls train.py, then bench.py frontier on last.pt, and writes study/results/NAME.json. A run whose file exists is
 skipped, and a stopped run is resumed. All are variants of the demo preset, on its dataset. report.py makes the tables.
@@ -26,7 +26,7 @@ from train import PRESETS
 
 RESULTS = Path("study/results")
 SEEDS = (1337, 1338, 1339)
-STEPS = 2000  # of all runs; a step's batch is 20 bytes of text for each parameter, divided by the steps
+STEPS = 2000  # of most runs; in these steps, a model reads about 20 bytes of text for each parameter
 SIZES = {  # n_layer, n_embd, n_head, sequences of 128 bytes in a step
     "s1": (2, 32, 2, 12),  # 0.15M parameters
     "s2": (2, 48, 2, 26),  # 0.33M

@@ -126,6 +126,6 @@ def test_mistakes_are_refused_in_one_line_before_anything_is_measured(checkpoint
     meta = Path("data/text/meta.json")
     before = meta.read_text()
     meta.write_text(before.replace("byte", "gpt2"))
-    with pytest.raises(UsageError, match="needs byte tokens, its dataset has gpt2 now"):
+    with pytest.raises(UsageError, match="needs byte tokens, but its dataset has gpt2"):
         run(monkeypatch, "frontier", checkpoint)
     meta.write_text(before)

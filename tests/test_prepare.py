@@ -194,14 +194,14 @@ def test_shards_of_other_programs_are_read_by_their_names():
 
 
 @pytest.mark.parametrize("files, call, message", [
-    ({}, lambda: run("a.txt"), "no folder 'a.txt', and no such file that ends in .txt"),
-    ({"a.txt": "some text"}, lambda: run("a.txt", ""), "there is no folder '', and"),
+    ({}, lambda: run("a.txt"), "'a.txt' is neither a folder nor a file that ends in .txt"),
+    ({"a.txt": "some text"}, lambda: run("a.txt", ""), "'' is neither a folder nor"),
     ({"in/a.bin": "x"}, lambda: run("in"), "/in has 0 tokens, but at least 10 are needed"),
-    ({"a.txt": b"caf\xe9 and more"}, lambda: run("a.txt"), "a.txt: 'utf-8' codec can't decode .* Mend this file or"),
+    ({"a.txt": b"caf\xe9 and more"}, lambda: run("a.txt"), "a.txt: 'utf-8' codec can't decode .* Repair this file or"),
     ({"a.jsonl": b'{"text": "one"}\n{"te'}, lambda: run("a.jsonl"), "a.jsonl, after row 1: "),
     ({"a.jsonl.gz": gzip.compress(LINES)[:-9]}, lambda: run("a.jsonl.gz"), "a.jsonl.gz.*: Truncated"),
     ({"a.jsonl.xz": lzma.compress(LINES)[:-9]}, lambda: run("a.jsonl.xz"), "a.jsonl.xz.*: Compressed file ended"),
-    ({}, lambda: prepare.open_dataset("nothing", 8), "no dataset 'nothing' in data/, write it with prepare.py"),
+    ({}, lambda: prepare.open_dataset("nothing", 8), "no dataset 'nothing' in data/: write it with prepare.py"),
     ({"d/train.bin": b"ab" * 3000}, lambda: prepare.open_dataset("d", 8), "d/train.bin is not a complete file of uint"),
     ({"d/train.bin": LLAMA3}, lambda: prepare.open_dataset("d", 8), "d/train.bin is not a complete file of uint16 tok"),
 ])  # fmt: skip
@@ -216,5 +216,5 @@ def test_without_a_network_a_missing_vocabulary_is_one_line(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path("empty").absolute()))
     monkeypatch.setenv("HTTPS_PROXY", "http://localhost:1")  # nobody answers there
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    with pytest.raises(UsageError, match="no vocabulary of gpt2. Without a network, set TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UsageError, match="no vocabulary of gpt2. Offline, set TIKTOKEN_CACHE_DIR"):
         prepare.get_tokenizer("gpt2")

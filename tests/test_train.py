@@ -191,7 +191,7 @@ def test_learning_rate_schedule_and_balancing_by_bias():
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():
-    with pytest.raises(UsageError, match="stopped before the update; use out/nan/last.pt"):
+    with pytest.raises(UsageError, match="stopped. out/nan/last.pt is the latest save"):
         run("--learning_rate=1e30", "--warmup_iters=0", "--out_dir=out/nan")
     assert all(p.isfinite().all() for p in torch.load("out/nan/last.pt")["model"].values())
 
@@ -222,7 +222,7 @@ def test_weights_and_biases_gets_every_step_and_continues_its_run(monkeypatch):
     ("--resume --out_dir=out/whole --n_expert=8", "has another model or other data"),
     ("--n_expert=1", "a dense model has no widths for recipe mose to train: choose --recipe=moe"),
     ("--top_k=1", "top_k=1 needs --no-norm_topk_prob"),
-    ("--batch_size=7", "total_batch_size 512 is no multiple of batch_size"),
+    ("--batch_size=7", "total_batch_size 512 must be a multiple of batch_size"),
     ("--vocab_size=100 --out_dir=out/x", "--vocab_size comes from the data and is 320"),
     ("--wandb_project=p --out_dir=out/x", "pip install wandb"),
 ])  # fmt: skip
