@@ -53,7 +53,7 @@ def test_each_width_gets_the_text_that_the_model_generates(model, monkeypatch, c
 @pytest.mark.parametrize("args, message", [
     (["--budget", "0.5", "--width", "1"], "choose one of --width, --budget and --experts"),
     (["--trained"], "--trained and --gamma need a --budget"),
-    (["--budget", "0.25", "--trained"], "run bench.py frontier ckpt.pt with it in --budgets"),
+    (["--budget", "0.25", "--trained"], "run bench.py frontier ckpt.pt --budgets 0.25"),
     (["--width", "2"], "width must be above 0 and at most 1, not 2"),
     (["--prompt=" + 64 * "x"], "the prompt has 65 tokens, more than the context of 64"),
 ])  # fmt: skip
