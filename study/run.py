@@ -68,7 +68,7 @@ def all_runs():
         for size in SIZES:
             for recipe in RECIPES if size != "s4" else RECIPES[:3]:
                 runs["trend"].append((f"{size}-{recipe}-{seed}", size, recipe, seed, STEPS, {}))
-        for recipe in RECIPES:
+        for recipe in (*RECIPES, "m-moe"):
             steps = equal_steps(2 * STEPS, recipe, {})
             runs["flops"].append((f"s2-flops-{recipe}-{seed}", "s2", recipe, seed, steps, {}))
         for regime, options in REGIMES.items():
