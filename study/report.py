@@ -18,7 +18,8 @@ SIZES = ("s1", "s2", "s3", "s4")
 REGIMES = ("top1", "fine", "shared", "bias")
 TABLES = {  # title: pairs of runs and the standard MoE that they are compared with
     "The trend": [(f"{size}-{recipe}", f"{size}-moe") for size in SIZES for recipe in RECIPES],
-    "Equal training FLOPs": [(f"s2-flops-{recipe}", "s2-flops-moe") for recipe in (*RECIPES, "m-moe")],
+    "Equal training FLOPs": [(f"s2-flops-{recipe}", "s2-flops-moe") for recipe in (*RECIPES, "m-moe")]
+    + [(name, "s3-flops-moe") for name in ("s3-flops-moe", "s3-mose", "s3-mose-router", "s3-flops-random-experts")],
     "Routing regimes": [(f"s2-{regime}-{recipe}", f"s2-{regime}-moe") for regime in REGIMES for recipe in RECIPES],
     "Baselines": [(f"s2-{x}", "s2-moe") for x in ("m-moe", "half", "quarter", "dense", "flops-half", "flops-quarter")],
 }

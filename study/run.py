@@ -49,16 +49,12 @@ BASELINES = {
 COST = {"moe": (1, 1.0), "mose": (2, 0.75), "mose-router": (2, 0.775), "random-experts": (1, 0.6), "m-moe": (1, 0.75)}
 
 
-def model_config(size, options):
-    n_layer, n_embd, n_head, _ = SIZES[size]
-    return replace(PRESETS["demo"][1].model, n_layer=n_layer, n_embd=n_embd, n_head=n_head, vocab_size=320, **options)
-
-
-def equal_steps(steps, recipe, options):
-    """Steps of a recipe at size s2 that cost as many FLOPs as `steps` of the standard MoE."""
+def cost(size, recipe, options):
+    """FLOPs per token of training a model with a recipe, without the factor of the backward passes."""
     passes, width = COST[recipe]
-    standard, model = (GPT(model_config("s2", o)).flops_per_token(w) for o, w in (({}, 1.0), (options, width)))
-    return round(steps * standard / (passes * model))
+    shape = dict(zip(("n_layer", "n_embd", "n_head"), SIZES[size]))
+    config = replace(PRESETS["demo"][1].model, vocab_size=320, **shape, **options)
+    return passes * GPT(config).flops_per_token(width)
 
 
 def all_runs():
@@ -69,8 +65,11 @@ def all_runs():
             for recipe in RECIPES if size != "s4" else RECIPES[:3]:
                 runs["trend"].append((f"{size}-{recipe}-{seed}", size, recipe, seed, STEPS, {}))
         for recipe in (*RECIPES, "m-moe"):
-            steps = equal_steps(2 * STEPS, recipe, {})
+            steps = round(2 * STEPS * cost("s2", "moe", {}) / cost("s2", recipe, {}))
             runs["flops"].append((f"s2-flops-{recipe}-{seed}", "s2", recipe, seed, steps, {}))
+        for recipe in ("moe", "random-experts"):  # for the FLOPs of s3-mose, which is one of the trend's runs
+            steps = round(STEPS * cost("s3", "mose", {}) / cost("s3", recipe, {}))
+            runs["flops"].append((f"s3-flops-{recipe}-{seed}", "s3", recipe, seed, steps, {}))
         for regime, options in REGIMES.items():
             for recipe in RECIPES[:3]:
                 runs["regimes"].append((f"s2-{regime}-{recipe}-{seed}", "s2", recipe, seed, STEPS, options))
@@ -78,7 +77,7 @@ def all_runs():
         for name, options in BASELINES.items():
             runs["baselines"].append((f"s2-{name}-{seed}", "s2", "moe", seed, STEPS, options))
         for name in ("half", "quarter"):
-            steps = equal_steps(STEPS, "moe", BASELINES[name])
+            steps = round(STEPS * cost("s2", "moe", {}) / cost("s2", "moe", BASELINES[name]))
             runs["baselines"].append((f"s2-flops-{name}-{seed}", "s2", "moe", seed, steps, BASELINES[name]))
     return runs
 
