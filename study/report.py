@@ -15,25 +15,27 @@ FOLDER = Path(__file__).parent
 SHARES = {"full width": 1.0, "half": 0.5, "a quarter": 0.25}
 RECIPES = ("moe", "mose", "mose-router", "random-experts")
 SIZES = ("s1", "s2", "s3", "s4")
-REGIMES = ("top1", "fine", "shared", "bias")
-TABLES = {  # title: pairs of runs and the standard MoE that they are compared with
-    "The trend": [(f"{size}-{recipe}", f"{size}-moe") for size in SIZES for recipe in RECIPES],
-    "Equal training FLOPs": [(f"s2-flops-{recipe}", "s2-flops-moe") for recipe in (*RECIPES, "m-moe")]
-    + [(name, "s3-flops-moe") for name in ("s3-flops-moe", "s3-mose", "s3-mose-router", "s3-flops-random-experts")],
-    "Routing regimes": [(f"s2-{regime}-{recipe}", f"s2-{regime}-moe") for regime in REGIMES for recipe in RECIPES],
-    "Baselines": [(f"s2-{x}", "s2-moe") for x in ("m-moe", "half", "quarter", "dense", "flops-half", "flops-quarter")],
+TABLES = {  # {title: [(beginning of names of runs, ends of names)]}
+    "The trend": [(f"{size}-", RECIPES) for size in SIZES],
+    "Equal training FLOPs": [("s2-flops-", (*RECIPES, "m-moe")), ("s3-flops-", RECIPES)],
+    "Routing regimes": [(f"s2-{regime}-", RECIPES) for regime in ("top1", "fine", "shared", "bias")],
+    "Baselines": [("s2-", ("m-moe", "half", "quarter", "dense", "flops-half", "flops-quarter"))],
 }
 
 
-def best(run, share):
-    """The lowest loss of a run at a share of its experts' FLOPs, or None if all policies use more."""
-    return min((p["loss"] for p in run["points"] if p["mean_width"] <= share + 0.005), default=None)
+def losses(run):
+    """{name: loss} of a run: of every policy and budget ("router 0.5"), and of the best policy for each share."""
+    found = {f"{p['policy']} {p['budget']}": p["loss"] for p in run["points"]}
+    for share, width in SHARES.items():
+        fitting = [p["loss"] for p in run["points"] if p["mean_width"] <= width + 0.005]
+        found |= {share: min(fitting)} if fitting else {}
+    return found
 
 
-def one_expert(run):
-    """The loss with one of two experts, or None if the model does not select two."""
-    points = run["points"] if run["arguments"].get("top_k", 2) == 2 else []
-    return next((p["loss"] for p in points if (p["policy"], p["budget"]) == ("top experts", 0.5)), None)
+def paired(runs, name, others, other):
+    """Differences between two losses, name of `runs` minus other of `others`, for every seed that has both."""
+    seeds = sorted(runs.keys() & others.keys())
+    return [runs[s][name] - others[s][other] for s in seeds if name in runs[s] and other in others[s]]
 
 
 def mean_and_error(values):
@@ -42,63 +44,62 @@ def mean_and_error(values):
 
 
 def show(values, sign="+"):
-    """Mean and standard error of some values, as text. Values of None are left out."""
-    values = [v for v in values if v is not None]
-    if len(values) < 2:
-        return f"{values[0]:{sign}.3f} (one seed)" if values else "–"
+    """Mean and standard error of some values, as text."""
+    if not values:
+        return "–"
     mean, error = mean_and_error(values)
-    return f"{mean:{sign}.3f} ± {error:.3f}"
+    return f"{mean:{sign}.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:{sign}.3f} (one seed)"
 
 
-def paired(runs, standard, loss, standard_loss):
-    """Differences between loss(run) and standard_loss(run) for every seed that both have."""
-    pairs = [(loss(runs[seed]), standard_loss(standard[seed])) for seed in sorted(runs.keys() & standard.keys())]
-    return [a - b for a, b in pairs if a is not None and b is not None]
+def row(cells):
+    return f"| {' | '.join(cells)} |"
 
 
-def losses_table(results, rows):
-    columns = ("runs", "parameters", "text, MB", "training PFLOPs", *SHARES, "half minus one expert of `moe`")
-    yield f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|"
-    for name, standard_name in rows:
-        runs, standard = results.get(name, {}), results.get(standard_name, {})
+def losses_table(results, groups):
+    columns = ["runs", "parameters", "text, MB", "training PFLOPs", *(f"{x}, minus `moe`'s full width" for x in SHARES)]
+    columns += [*(f"{x} minus `mose`'s" for x in SHARES), "half minus half of `moe`'s experts"]
+    yield row(columns) + "\n" + "|---" * len(columns) + "|"
+    for begin, end in ((begin, end) for begin, ends in groups for end in ends):
+        runs, moe, mose = (results.get(begin + x, {}) for x in (end, "moe", "mose"))
         for r in list(runs.values())[:1]:
             cells = [f"{r['parameters'] / 1e6:.2f}M", f"{r['tokens'] / 1e6:.1f}", f"{r['training_flops'] / 1e15:.3f}"]
-            for share in SHARES.values():
-                loss = lambda run, share=share: best(run, share)
-                delta = paired(runs, standard, loss, lambda run: best(run, 1.0))
-                cells.append(f"{show(map(loss, runs.values()), '')}, {show(delta)}")
-            cells.append(show(paired(runs, standard, lambda run: best(run, 0.5), one_expert)))
-            yield f"| {name} | " + " | ".join(cells) + " |"
+            for share in SHARES:
+                loss = show([run[share] for run in runs.values() if share in run], "")
+                cells.append(f"{loss}, {show(paired(runs, share, moe, 'full width'))}")
+            cells += [show(paired(runs, share, mose, share)) for share in SHARES]
+            yield row([begin + end, *cells, show(paired(runs, "half", moe, "top experts 0.5"))])
 
 
-def trained_table(results):
-    """Test-time training minus gamma = 1 at the same budget, for the worst seed. Errors are over windows."""
-    yield "| runs | budget | one gamma | a gamma and a budget for each layer |\n|---|---|---|---|"
-    for name in (f"{size}-{recipe}" for size in SIZES for recipe in RECIPES[1:]):
-        points = [p for run in results.get(name, {}).values() for p in run["points"] if "minus_router" in p]
-        for budget in sorted({p["budget"] for p in points}, reverse=True):
-            cells = []
-            for policy in ("trained gamma", "trained layers"):
-                same = [p for p in points if (p["policy"], p["budget"]) == (policy, budget)]
-                worst = max(same, key=lambda p: p["minus_router"])
-                cells.append(f"{worst['minus_router']:+.4f} ± {worst['minus_router_se']:.4f}")
-            yield f"| {name} | {budget} | " + " | ".join(cells) + " |"
+def policies_table(results):
+    """Differences between two policies at the same budget, and the largest of a seed."""
+    pairs = [
+        ("router", "uniform"),
+        ("router", "top experts"),
+        ("trained gamma", "router"),
+        ("trained layers", "router"),
+    ]
+    columns = ["runs", "budget", *(f"{policy} minus {other}" for policy, other in pairs)]
+    yield row(columns) + "\n" + "|---" * len(columns) + "|"
+    for name in (f"{size}-{recipe}" for size in SIZES for recipe in RECIPES[1:] if f"{size}-{recipe}" in results):
+        for b in (0.75, 0.5, 0.375, 0.25, 0.125):
+            values = [paired(results[name], f"{x} {b}", results[name], f"{y} {b}") for x, y in pairs]
+            yield row([name, str(b), *(f"{show(v)}, {max(v):+.4f}" if v else "–" for v in values)])
 
 
 def plot_trend(results, path):
     """Loss minus the standard MoE's at full width against parameters, a panel for each share."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.8), dpi=130)
-    for ax, (title, share) in zip(axes, SHARES.items()):
+    for ax, share in zip(axes, SHARES):
         for recipe, colour in zip(RECIPES, ("#000000", "#0072b2", "#d55e00", "#009e73")):  # for colour-blind readers
             points = []
             for size in SIZES:
                 runs, standard = results.get(f"{size}-{recipe}", {}), results.get(f"{size}-moe", {})
-                values = paired(runs, standard, lambda run, share=share: best(run, share), lambda run: best(run, 1.0))
+                values = paired(runs, share, standard, "full width")
                 points += [(next(iter(runs.values()))["parameters"] / 1e6, *mean_and_error(values))] if values else []
-            if recipe != "moe" or share == 0.5:  # moe is 0 at full width, and far from the others at a quarter
+            if recipe != "moe" or share == "half":  # moe is 0 at full width, and far from the others at a quarter
                 ax.errorbar(*zip(*points), marker="o", capsize=3, label=recipe, color=colour)
         ax.axhline(0, color="grey", linewidth=0.8)
-        ax.set(title=title, xlabel="parameters, millions", xscale="log")
+        ax.set(title=share, xlabel="parameters, millions", xscale="log")
         ax.set_xticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"], minor=False)
         ax.minorticks_off()
     axes[0].set_ylabel("loss minus standard MoE's at full width")
@@ -110,11 +111,13 @@ def main():
     results = {}  # {name of runs without the seed: {seed: contents of the file}}
     for path in sorted((FOLDER / "results").glob("*.json")):
         run = json.loads(path.read_text())
-        results.setdefault(path.stem.rpartition("-")[0], {})[run["seed"]] = run
+        results.setdefault(path.stem.rpartition("-")[0], {})[run["seed"]] = run | losses(run)
+    for recipe in ("mose", "mose-router"):  # the trend's runs have the FLOPs of the other runs s3-flops
+        results[f"s3-flops-{recipe}"] = results[f"s3-{recipe}"]
     lines = ["# Tables of the study\n", "Written by `python study/report.py`.", *__doc__.split("\n\n")[1].splitlines()]
     for title, rows in TABLES.items():
         lines += [f"\n## {title}\n", *losses_table(results, rows)]
-    lines += ["\n## Test-time training minus gamma = 1, the worst seed\n", *trained_table(results)]
+    lines += ["\n## Policies\n", *policies_table(results)]
     (FOLDER / "tables.md").write_text("\n".join(lines) + "\n")
     plot_trend(results, FOLDER / "trend.png")
     print(f"wrote tables.md and trend.png to {FOLDER}")

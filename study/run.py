@@ -1,9 +1,8 @@
 """
 Train and measure the models behind the README's numbers.
 
-    python study/run.py                  # all groups, two runs at a time: many hours
-    python study/run.py trend --jobs=1   # one group: trend, flops, regimes or baselines
-    python study/run.py --only=s2-mose   # the runs whose names begin with s2-mose
+    python study/run.py                             # two runs at a time: many hours
+    python study/run.py --only=s2-flops- --jobs=1   # the runs whose names begin with s2-flops-
 
 A run calls train.py, then bench.py frontier on last.pt, and writes study/results/NAME.json. A run whose file exists is
 skipped, and a stopped run is resumed. All are variants of the demo preset, on its dataset. report.py makes the tables.
@@ -58,27 +57,27 @@ def cost(size, recipe, options):
 
 
 def all_runs():
-    """{group: [(name, size, recipe, seed, steps, options of the model)]}."""
-    runs = {"trend": [], "flops": [], "regimes": [], "baselines": []}
+    """[(name, size, recipe, seed, steps, options of the model)]."""
+    runs = []
     for seed in SEEDS:
-        for size in SIZES:
+        for size in SIZES:  # the trend
             for recipe in RECIPES if size != "s4" else RECIPES[:3]:
-                runs["trend"].append((f"{size}-{recipe}-{seed}", size, recipe, seed, STEPS, {}))
-        for recipe in (*RECIPES, "m-moe"):
+                runs.append((f"{size}-{recipe}-{seed}", size, recipe, seed, STEPS, {}))
+        for recipe in (*RECIPES, "m-moe"):  # equal training FLOPs
             steps = round(2 * STEPS * cost("s2", "moe", {}) / cost("s2", recipe, {}))
-            runs["flops"].append((f"s2-flops-{recipe}-{seed}", "s2", recipe, seed, steps, {}))
-        for recipe in ("moe", "random-experts"):  # for the FLOPs of s3-mose, which is one of the trend's runs
+            runs.append((f"s2-flops-{recipe}-{seed}", "s2", recipe, seed, steps, {}))
+        for recipe in ("moe", "random-experts"):  # for the FLOPs of s3-mose
             steps = round(STEPS * cost("s3", "mose", {}) / cost("s3", recipe, {}))
-            runs["flops"].append((f"s3-flops-{recipe}-{seed}", "s3", recipe, seed, steps, {}))
+            runs.append((f"s3-flops-{recipe}-{seed}", "s3", recipe, seed, steps, {}))
         for regime, options in REGIMES.items():
             for recipe in RECIPES[:3]:
-                runs["regimes"].append((f"s2-{regime}-{recipe}-{seed}", "s2", recipe, seed, STEPS, options))
-        runs["baselines"].append((f"s2-m-moe-{seed}", "s2", "m-moe", seed, STEPS, {}))
+                runs.append((f"s2-{regime}-{recipe}-{seed}", "s2", recipe, seed, STEPS, options))
+        runs.append((f"s2-m-moe-{seed}", "s2", "m-moe", seed, STEPS, {}))
         for name, options in BASELINES.items():
-            runs["baselines"].append((f"s2-{name}-{seed}", "s2", "moe", seed, STEPS, options))
+            runs.append((f"s2-{name}-{seed}", "s2", "moe", seed, STEPS, options))
         for name in ("half", "quarter"):
             steps = round(STEPS * cost("s2", "moe", {}) / cost("s2", "moe", BASELINES[name]))
-            runs["baselines"].append((f"s2-flops-{name}-{seed}", "s2", "moe", seed, steps, BASELINES[name]))
+            runs.append((f"s2-flops-{name}-{seed}", "s2", "moe", seed, steps, BASELINES[name]))
     return runs
 
 
@@ -95,8 +94,8 @@ def run(name, size, recipe, seed, steps, options):
     if result.exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    n_layer, n_embd, n_head, batch_size = SIZES[size]
-    arguments = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, batch_size=batch_size, recipe=recipe, seed=seed)
+    batch_size = SIZES[size][-1]
+    arguments = dict(zip(("n_layer", "n_embd", "n_head", "batch_size"), SIZES[size]), recipe=recipe, seed=seed)
     arguments |= dict(total_batch_size=128 * batch_size, max_iters=steps, warmup_iters=steps // 20, eval_interval=1000)
     arguments |= options
     flags = [f"--no-{key}" if value is False else f"--{key}={value}" for key, value in arguments.items()]
@@ -116,19 +115,16 @@ def run(name, size, recipe, seed, steps, options):
     print(name, flush=True)
 
 
-def main(groups: tyro.conf.Positional[tuple[str, ...]] = (), only: str = "", jobs: int = 2):
+def main(only: str = "", jobs: int = 2):
     """Do the runs that are not done yet.
 
     Args:
-        groups: trend, flops, regimes, baselines; none means all
         only: the beginning of the names of runs
         jobs: runs at the same time, one thread each
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    runs = all_runs()
     with ThreadPoolExecutor(jobs) as pool:
-        chosen = [r for group in groups or runs for r in runs[group] if r[0].startswith(only)]
-        for future in [pool.submit(run, *r) for r in chosen]:
+        for future in [pool.submit(run, *r) for r in all_runs() if r[0].startswith(only)]:
             future.result()
 
 
