@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent
-SHARES = {"full width": 1.0, "half": 0.5, "a quarter": 0.25}
+SHARES = ("full width", "half", "a quarter")
 RECIPES = ("moe", "mose", "mose-router", "random-experts")
 SIZES = ("s1", "s2", "s3", "s4")
 TABLES = {  # {title: [(beginning of names of runs, ends of names)]}
@@ -21,14 +21,17 @@ TABLES = {  # {title: [(beginning of names of runs, ends of names)]}
     "Routing regimes": [(f"s2-{regime}-", RECIPES) for regime in ("top1", "fine", "shared", "bias")],
     "Baselines": [("s2-", ("m-moe", "half", "quarter", "dense", "flops-half", "flops-quarter"))],
 }
+PAIRS = [("router", "uniform"), ("router", "top experts"), *((f"trained {x}", "router") for x in ("gamma", "layers"))]
 
 
 def losses(run):
     """{name: loss} of a run: of every policy and budget ("router 0.5"), and of the best policy for each share."""
     found = {f"{p['policy']} {p['budget']}": p["loss"] for p in run["points"]}
-    for share, width in SHARES.items():
+    found["full width"] = found["uniform 1.0"]
+    for share, width in (("half", 0.5), ("a quarter", 0.25)):
         fitting = [p["loss"] for p in run["points"] if p["mean_width"] <= width + 0.005]
-        found |= {share: min(fitting)} if fitting else {}
+        if fitting:
+            found[share] = min(fitting)
     return found
 
 
@@ -56,13 +59,14 @@ def row(cells):
 
 
 def losses_table(results, groups):
-    columns = ["runs", "parameters", "text, MB", "training PFLOPs", *(f"{x}, minus `moe`'s full width" for x in SHARES)]
-    columns += [*(f"{x} minus `mose`'s" for x in SHARES), "half minus half of `moe`'s experts"]
+    columns = ["runs", "parameters", "text, MB", "training TFLOPs", *(f"{x}, minus `moe`'s full width" for x in SHARES)]
+    columns += [*(f"{x} minus `mose`'s" for x in SHARES), "half, minus `moe` with half of its experts"]
     yield row(columns) + "\n" + "|---" * len(columns) + "|"
     for begin, end in ((begin, end) for begin, ends in groups for end in ends):
         runs, moe, mose = (results.get(begin + x, {}) for x in (end, "moe", "mose"))
-        for r in list(runs.values())[:1]:
-            cells = [f"{r['parameters'] / 1e6:.2f}M", f"{r['tokens'] / 1e6:.1f}", f"{r['training_flops'] / 1e15:.3f}"]
+        if runs:
+            r = next(iter(runs.values()))
+            cells = [f"{r['parameters'] / 1e6:.2f}M", f"{r['tokens'] / 1e6:.1f}", f"{r['training_flops'] / 1e12:.2f}"]
             for share in SHARES:
                 loss = show([run[share] for run in runs.values() if share in run], "")
                 cells.append(f"{loss}, {show(paired(runs, share, moe, 'full width'))}")
@@ -72,18 +76,12 @@ def losses_table(results, groups):
 
 def policies_table(results):
     """Differences between two policies at the same budget, and the largest of a seed."""
-    pairs = [
-        ("router", "uniform"),
-        ("router", "top experts"),
-        ("trained gamma", "router"),
-        ("trained layers", "router"),
-    ]
-    columns = ["runs", "budget", *(f"{policy} minus {other}" for policy, other in pairs)]
+    columns = ["runs", "budget", *(f"{policy} minus {other} (worst seed)" for policy, other in PAIRS)]
     yield row(columns) + "\n" + "|---" * len(columns) + "|"
     for name in (f"{size}-{recipe}" for size in SIZES for recipe in RECIPES[1:] if f"{size}-{recipe}" in results):
         for b in (0.75, 0.5, 0.375, 0.25, 0.125):
-            values = [paired(results[name], f"{x} {b}", results[name], f"{y} {b}") for x, y in pairs]
-            yield row([name, str(b), *(f"{show(v)}, {max(v):+.4f}" if v else "–" for v in values)])
+            values = [paired(results[name], f"{x} {b}", results[name], f"{y} {b}") for x, y in PAIRS]
+            yield row([name, str(b), *(f"{show(v)} ({max(v):+.4f})" if v else "–" for v in values)])
 
 
 def plot_trend(results, path):
@@ -96,7 +94,7 @@ def plot_trend(results, path):
                 runs, standard = results.get(f"{size}-{recipe}", {}), results.get(f"{size}-moe", {})
                 values = paired(runs, share, standard, "full width")
                 points += [(next(iter(runs.values()))["parameters"] / 1e6, *mean_and_error(values))] if values else []
-            if recipe != "moe" or share == "half":  # moe is 0 at full width, and far from the others at a quarter
+            if points and (recipe != "moe" or share == "half"):  # moe is far from the others at a quarter
                 ax.errorbar(*zip(*points), marker="o", capsize=3, label=recipe, color=colour)
         ax.axhline(0, color="grey", linewidth=0.8)
         ax.set(title=share, xlabel="parameters, millions", xscale="log")
@@ -113,7 +111,7 @@ def main():
         run = json.loads(path.read_text())
         results.setdefault(path.stem.rpartition("-")[0], {})[run["seed"]] = run | losses(run)
     for recipe in ("mose", "mose-router"):  # the trend's runs have the FLOPs of the other runs s3-flops
-        results[f"s3-flops-{recipe}"] = results[f"s3-{recipe}"]
+        results[f"s3-flops-{recipe}"] = results.get(f"s3-{recipe}", {})
     lines = ["# Tables of the study\n", "Written by `python study/report.py`.", *__doc__.split("\n\n")[1].splitlines()]
     for title, rows in TABLES.items():
         lines += [f"\n## {title}\n", *losses_table(results, rows)]

@@ -25,12 +25,12 @@ from train import PRESETS
 
 RESULTS = Path("study/results")
 SEEDS = (1337, 1338, 1339)
-STEPS = 2000  # of most runs; in these steps, a model reads about 20 bytes of text for each parameter
+STEPS = 2000  # of runs with equal text: a model reads about 20 bytes of text for each parameter
 SIZES = {  # n_layer, n_embd, n_head, sequences of 128 bytes in a step
     "s1": (2, 32, 2, 12),  # 0.15M parameters
-    "s2": (2, 48, 2, 26),  # 0.33M
-    "s3": (4, 64, 4, 89),  # 1.1M
-    "s4": (4, 88, 4, 168),  # 2.1M
+    "s2": (2, 48, 2, 26),  # 0.34M
+    "s3": (4, 64, 4, 89),  # 1.15M
+    "s4": (4, 88, 4, 168),  # 2.15M
 }
 RECIPES = ("moe", "mose", "mose-router", "random-experts")
 REGIMES = {
@@ -104,7 +104,7 @@ def run(name, size, recipe, seed, steps, options):
         for command in (["train.py", "demo", f"--out_dir={out}", *flags], ["bench.py", "frontier", f"{out}/last.pt"]):
             subprocess.run([sys.executable, *command], stdout=log, stderr=log, check=True)
     checkpoint = torch.load(out / "last.pt", weights_only=True)
-    parameters = sum(p.numel() for name, p in checkpoint["model"].items() if name != "lm_head.weight")
+    parameters = sum(p.numel() for key, p in checkpoint["model"].items() if key != "lm_head.weight")
     summary = dict(name=name, size=size, recipe=recipe, seed=seed, arguments=arguments)
     summary |= dict(parameters=parameters, tokens=steps * 128 * batch_size, training_flops=checkpoint["flops"])
     summary |= dict(hardware=hardware(), torch=torch.__version__)
@@ -123,9 +123,12 @@ def main(only: str = "", jobs: int = 2):
         jobs: runs at the same time, one thread each
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for future in [pool.submit(run, *r) for r in all_runs() if r[0].startswith(only)]:
             future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or an error, start no other run
 
 
 if __name__ == "__main__":
