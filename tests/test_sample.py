@@ -55,6 +55,8 @@ def test_each_width_gets_the_text_that_the_model_generates(model, monkeypatch, c
     (["--trained"], "--trained and --gamma need a --budget"),
     (["--budget", "0.25", "--trained"], "run bench.py frontier ckpt.pt --budgets 0.25"),
     (["--width", "2"], "width must be above 0 and at most 1, not 2"),
+    (["--temperature", "-1"], "temperature must be at least 0, not -1"),
+    (["--top_k", "0"], "top_k must be at least 1, not 0"),
     (["--prompt=" + 64 * "x"], "the prompt has 65 tokens, more than the context of 64"),
 ])  # fmt: skip
 def test_mistakes_are_refused_in_one_line(monkeypatch, args, message):
