@@ -66,7 +66,7 @@ def all_runs():
         for recipe in (*RECIPES, "m-moe"):  # equal training FLOPs
             steps = round(2 * STEPS * cost("s2", "moe", {}) / cost("s2", recipe, {}))
             runs.append((f"s2-flops-{recipe}-{seed}", "s2", recipe, seed, steps, {}))
-        for recipe in ("moe", "random-experts") if seed == SEEDS[0] else ():  # for the FLOPs of s3-mose
+        for recipe in ("moe", "random-experts") if seed == SEEDS[0] else ("moe",):  # for the FLOPs of s3-mose
             steps = round(STEPS * cost("s3", "mose", {}) / cost("s3", recipe, {}))
             runs.append((f"s3-flops-{recipe}-{seed}", "s3", recipe, seed, steps, {}))
         for regime, options in REGIMES.items():
