@@ -222,7 +222,8 @@ def test_weights_and_biases_gets_every_step_and_continues_its_run(monkeypatch):
     ("--resume --out_dir=out/whole --n_expert=8", "has another model or other data"),
     ("--n_expert=1", "a dense model has no widths for recipe mose to train: choose --recipe=moe"),
     ("--top_k=1", "top_k=1 needs --no-norm_topk_prob"),
-    ("--batch_size=7", "total_batch_size 512 must be a multiple of batch_size"),
+    ("--batch_size=7", "total_batch_size 512 is no multiple of batch_size"),
+    ("--eval_interval=0", "eval_interval and log_interval must be at least 1"),
     ("--vocab_size=100 --out_dir=out/x", "--vocab_size comes from the data and is 320"),
     ("--wandb_project=p --out_dir=out/x", "pip install wandb"),
 ])  # fmt: skip
